@@ -1,0 +1,68 @@
+"""One measurement in a process of its own, so that its CPU is its own and no import of ours weighs on it."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from services.standalone.child import spawn
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class BenchError(Exception):
+    """Nothing could be measured, or what was measured is void: one line."""
+
+
+def measure(module: str, *words: object, seconds: float) -> Any:
+    """What `python -m module words…` answers (see `answer`). It is killed after `seconds`, and when we are."""
+    with tempfile.TemporaryFile() as output:
+        child = spawn(
+            module,
+            (sys.executable, "-m", module, *map(str, words)),
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
+            dying=signal.SIGKILL,
+            output=output.fileno(),
+        )
+        try:
+            code = child.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise BenchError(f"{module} took more than {seconds:g} s") from None
+        finally:
+            child.process.kill()
+            child.process.wait()
+        output.seek(0)
+        lines = output.read().decode(errors="replace").splitlines()
+    last = lines[-1] if lines else ""
+    if code != 0:
+        raise BenchError(f"{module}: {last or f'ended with {code}'}")
+    return json.loads(last)
+
+
+def answer(work: Callable[[], object]) -> int:
+    """Run a measurement's own process: print what it found as one line of JSON, or why it found nothing."""
+    try:
+        found = work()
+    except (BenchError, TimeoutError) as error:
+        print(str(error) or type(error).__name__)
+        return 1
+    print(json.dumps(found))
+    return 0
+
+
+def own_cpu() -> float:
+    """CPU seconds of this process so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def clock_offset() -> float:
+    """The wall clock against the steady one: between two looks it must not move, for times are compared by both."""
+    return time.time() - time.monotonic()

@@ -1,0 +1,173 @@
+"""A client of the HTTP API: for the command line, the demo, the benchmarks and the tests."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from io import BytesIO
+from types import TracebackType
+from typing import Any, Literal, Self, cast
+
+import aiohttp
+
+from core.documents import JobDocument, JobsDocument, NodeDocument, NodesDocument
+from core.errors import RowlockError
+from core.states import FINAL
+
+FIRST_POLL_SECONDS = 0.01
+LONGEST_POLL_SECONDS = 0.5
+
+_FINAL = frozenset(state.value for state in FINAL)
+
+
+class ClientError(RowlockError):
+    """The API refused, or was not there: `status` is 0 then. `problem` is the document that it answered."""
+
+    def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
+        self.status = status
+        self.problem = dict(problem)
+        faults = [_fault_text(fault) for fault in self.problem.get("errors", ())]
+        super().__init__("; ".join([str(self.problem.get("detail", f"HTTP {status}")), *faults]))
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request may be answered otherwise in a moment."""
+        return self.status in (0, 503)
+
+
+def _fault_text(fault: Mapping[str, Any]) -> str:
+    return f"{fault.get('pointer') or fault.get('parameter') or 'request'}: {fault.get('detail')}"
+
+
+class Client:
+    """One API; used as a context. Every call raises ClientError."""
+
+    def __init__(self, address: str, *, timeout_seconds: float = 30, connections: int = 100) -> None:
+        self._address = address.rstrip("/")
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self._connections = connections
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(limit=self._connections)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def submit(self, job: Mapping[str, Any], script: str) -> JobDocument:
+        """Submit once: a submission whose answer was lost may be stored all the same."""
+        return cast(JobDocument, await self._json("POST", "/api/v1/jobs", body={"job": dict(job), "script": script}))
+
+    async def job(self, job_id: int) -> JobDocument:
+        """One job."""
+        return cast(JobDocument, await self._json("GET", f"/api/v1/jobs/{job_id}"))
+
+    async def cancel(self, job_id: int) -> JobDocument:
+        """Cancel; the job as it is then, which may be RUNNING until nothing of it is left."""
+        return cast(JobDocument, await self._json("DELETE", f"/api/v1/jobs/{job_id}"))
+
+    async def jobs(self, **query: str | int) -> JobsDocument:
+        """One page of jobs; the query is that of ``GET /api/v1/jobs``."""
+        return cast(JobsDocument, await self._json("GET", "/api/v1/jobs", query=query))
+
+    async def all_jobs(self, **query: str | int) -> AsyncIterator[JobDocument]:
+        """Every job, page by page."""
+        page = await self.jobs(**query)
+        while True:
+            for job in page["jobs"]:
+                yield job
+            if page["next_cursor"] is None:
+                return
+            page = await self.jobs(**{**query, "cursor": page["next_cursor"]})
+
+    async def logs(self, job_id: int, stream: Literal["stdout", "stderr"] = "stdout", *, offset: int = 0) -> bytes:
+        """The output from `offset` on, as far as it is written."""
+        query: dict[str, str | int] = {"stream": stream, "offset": offset}
+        return await self._bytes("GET", f"/api/v1/jobs/{job_id}/logs", query=query)
+
+    async def script(self, job_id: int) -> str:
+        """The script as submitted."""
+        return (await self._bytes("GET", f"/api/v1/jobs/{job_id}/script")).decode()
+
+    async def nodes(self) -> list[NodeDocument]:
+        """Every node."""
+        return cast(NodesDocument, await self._json("GET", "/api/v1/nodes"))["nodes"]
+
+    async def health(self) -> dict[str, Any]:
+        """What ``GET /health`` says; ClientError when it is not well."""
+        return await self._json("GET", "/health")
+
+    async def wait(self, job_id: int, *, timeout_seconds: float | None = None) -> JobDocument:
+        """The job once it is over; TimeoutError when that takes longer. A server that is away is waited for."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                return await self._poll(job_id)
+        except TimeoutError:
+            raise TimeoutError(f"job {job_id} is not over after {timeout_seconds:g} s") from None
+
+    async def _poll(self, job_id: int) -> JobDocument:
+        pause = FIRST_POLL_SECONDS
+        while True:
+            try:
+                job = await self.job(job_id)
+                if job["state"] in _FINAL:
+                    return job
+            except ClientError as error:
+                if not error.may_pass:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, LONGEST_POLL_SECONDS)
+
+    async def _json(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str | int] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        async with self._answered(method, path, query, body) as answer:
+            try:
+                document = await answer.json()
+            except ValueError:
+                document = None
+            if not isinstance(document, dict):
+                raise ClientError(answer.status, {"detail": f"{self._address} answered something else than JSON"})
+            return document
+
+    async def _bytes(self, method: str, path: str, *, query: Mapping[str, str | int] | None = None) -> bytes:
+        async with self._answered(method, path, query, None) as answer:
+            return await answer.read()
+
+    @asynccontextmanager
+    async def _answered(
+        self, method: str, path: str, query: Mapping[str, str | int] | None, body: Mapping[str, Any] | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        assert self._session is not None, "use the client as a context"
+        # From a file, as it were: aiohttp warns of large bodies that are bytes.
+        sent = None if body is None else BytesIO(json.dumps(body).encode())
+        headers = None if body is None else {"Content-Type": "application/json"}
+        try:
+            async with self._session.request(
+                method, self._address + path, params=query, data=sent, headers=headers
+            ) as answer:
+                if answer.status >= 400:
+                    raise ClientError(answer.status, await _problem(answer))
+                yield answer
+        except (aiohttp.ClientError, OSError) as error:  # a time-out is an OSError
+            detail = f"{self._address} cannot be reached: {str(error) or type(error).__name__}"
+            raise ClientError(0, {"detail": detail}) from error
+
+
+async def _problem(answer: aiohttp.ClientResponse) -> dict[str, Any]:
+    if answer.content_type == "application/problem+json":
+        with suppress(ValueError):
+            document = await answer.json(content_type=None)
+            if isinstance(document, dict):
+                return document
+    return {"detail": f"HTTP {answer.status}, and not from Rowlock", "status": answer.status}

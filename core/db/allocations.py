@@ -1,0 +1,217 @@
+"""The ledger. `place` and `release` are the only writers of allocations and of nodes.alloc_cpus."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.db.connection import Connection
+from core.records import Attempt, Dispatch, Ending, Placement
+from core.states import FINAL, State, is_legal
+
+_PLACE = """
+WITH input AS (
+    SELECT * FROM unnest($1::bigint[], $2::text[], $3::int[]) AS t (job_id, node, cpus)
+), locked AS (
+    SELECT j.job_id FROM jobs j JOIN input USING (job_id) WHERE j.state = 'PENDING'
+    ORDER BY j.job_id FOR NO KEY UPDATE OF j SKIP LOCKED
+), moved AS (
+    UPDATE jobs j SET state = 'CONFIGURING', state_reason = 'None', state_description = NULL,
+                      attempt = j.attempt + 1, node = i.node, allocate_time = clock_timestamp()
+    FROM input i JOIN locked USING (job_id)
+    WHERE j.job_id = i.job_id AND j.state = 'PENDING'
+    RETURNING j.job_id, j.attempt, j.node, j.cpus, j.allocate_time
+), dequeued AS (
+    DELETE FROM pending p USING moved m WHERE p.job_id = m.job_id
+), taken AS (
+    INSERT INTO allocations (job_id, node, attempt, cpus) SELECT job_id, node, attempt, cpus FROM moved
+), charged AS (
+    UPDATE nodes n SET alloc_cpus = n.alloc_cpus + t.cpus
+    FROM (SELECT node, sum(cpus)::int AS cpus FROM moved GROUP BY node) t WHERE n.name = t.node
+), logged AS (
+    INSERT INTO job_events (job_id, attempt, from_state, to_state, reason, node, time)
+    SELECT job_id, attempt, 'PENDING', 'CONFIGURING', 'None', node, allocate_time FROM moved
+)
+SELECT job_id, attempt, node, cpus FROM moved
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An attempt that now holds CPUs."""
+
+    job_id: int
+    attempt: int
+    node: str
+    cpus: int
+
+
+async def place(connection: Connection, placements: Sequence[Placement]) -> list[Placed]:
+    """Give jobs their CPUs: PENDING to CONFIGURING, attempt + 1. The caller holds the nodes (`nodes.lock_free`).
+
+    Never waits for a job: one that somebody else holds, or that waits no longer, is not among the answers.
+    """
+    rows = await connection.fetch(
+        _PLACE,
+        [placement.job_id for placement in placements],
+        [placement.node for placement in placements],
+        [placement.cpus for placement in placements],
+    )
+    return [Placed(*row) for row in rows]
+
+
+_RELEASE = """
+WITH input AS (
+    SELECT * FROM unnest($3::bigint[], $4::int[], $5::text[], $6::text[], $7::text[], $8::int[], $9::text[],
+                         $10::bool[])
+        AS t (job_id, attempt, state, reason, description, exit_code, signal, ran)
+), locked AS (
+    -- What was to go back to the queue and is to be cancelled is cancelled.
+    SELECT i.job_id, i.attempt, i.reason, i.description, i.exit_code, i.signal, i.ran,
+           CASE WHEN i.state = 'PENDING' AND j.cancel_requested_time IS NOT NULL THEN 'CANCELLED'
+                ELSE i.state END AS state
+    FROM jobs j JOIN input i USING (job_id)
+    WHERE j.attempt = i.attempt AND j.state = $1 AND j.node = $2
+      AND ($11::bigint IS NULL OR EXISTS (SELECT FROM node_leases l WHERE l.node = $2 AND l.incarnation = $11))
+    ORDER BY j.job_id FOR NO KEY UPDATE OF j
+), moved AS (
+    UPDATE jobs j SET
+        state = i.state, state_reason = i.reason, state_description = i.description,
+        exit_code = CASE WHEN i.state <> 'PENDING' THEN i.exit_code END,
+        signal = CASE WHEN i.state <> 'PENDING' THEN i.signal END,
+        end_time = CASE WHEN i.state <> 'PENDING' THEN clock_timestamp() END,
+        cancel_requested_time = CASE WHEN i.state = 'CANCELLED' THEN coalesce(j.cancel_requested_time, now())
+                                     ELSE j.cancel_requested_time END,
+        node = CASE WHEN i.state <> 'PENDING' THEN j.node END,
+        allocate_time = CASE WHEN i.state <> 'PENDING' THEN j.allocate_time END,
+        start_time = CASE WHEN i.state <> 'PENDING' THEN j.start_time END,
+        restart_cnt = j.restart_cnt + (i.state = 'PENDING' AND $1 = 'RUNNING' AND i.ran)::int
+    FROM locked i
+    WHERE j.job_id = i.job_id AND j.attempt = i.attempt AND j.state = $1 AND j.node = $2
+    RETURNING j.job_id, j.attempt, j.state, j.state_reason, j.partition, j.cpus
+), released AS (
+    DELETE FROM allocations a USING moved m WHERE a.job_id = m.job_id AND a.attempt = m.attempt RETURNING a.node, a.cpus
+), returned AS (
+    UPDATE nodes n SET alloc_cpus = n.alloc_cpus - r.cpus, cpus = greatest(n.declared_cpus, n.alloc_cpus - r.cpus)
+    FROM (SELECT node, sum(cpus)::int AS cpus FROM released GROUP BY node) r WHERE n.name = r.node
+), requeued AS (
+    INSERT INTO pending (partition, cpus, job_id) SELECT partition, cpus, job_id FROM moved WHERE state = 'PENDING'
+), logged AS (
+    INSERT INTO job_events (job_id, attempt, from_state, to_state, reason, node)
+    SELECT job_id, attempt, $1, state, state_reason, $2 FROM moved
+)
+SELECT job_id, attempt FROM moved
+"""
+
+
+def ends_of(before: State) -> frozenset[State]:
+    """What an attempt that is `before` may become when it gives its CPUs back."""
+    if before not in (State.CONFIGURING, State.RUNNING):
+        return frozenset()
+    return frozenset(after for after in FINAL | {State.PENDING} if is_legal(before, after))
+
+
+async def release(
+    connection: Connection,
+    endings: Sequence[Ending],
+    *,
+    node: str,
+    before: State,
+    incarnation: int | None = None,
+) -> set[Attempt]:
+    """End attempts of one node and return their CPUs in the same statement; answer those that were current.
+
+    `before` is the state they must be in; a worker also gives its `incarnation`. An attempt that goes back to
+    PENDING stands in the queue again at its old place. A second release of an attempt finds nothing. ValueError when
+    an ending is no legal move from `before`.
+    """
+    if wrong := {ending.state for ending in endings} - ends_of(before):
+        raise ValueError(f"an attempt that is {before} does not end as {', '.join(sorted(wrong))}")
+    rows = await connection.fetch(
+        _RELEASE,
+        before,
+        node,
+        [ending.job_id for ending in endings],
+        [ending.attempt for ending in endings],
+        [ending.state for ending in endings],
+        [ending.reason for ending in endings],
+        [ending.description for ending in endings],
+        [ending.exit_code for ending in endings],
+        [ending.signal for ending in endings],
+        [ending.ran for ending in endings],
+        incarnation,
+    )
+    return {Attempt(*row) for row in rows}
+
+
+_UNDISPATCHED = """
+SELECT job_id, attempt, node FROM allocations WHERE dispatched_time IS NULL ORDER BY job_id LIMIT $1
+"""
+
+
+async def undispatched(connection: Connection, limit: int) -> list[Dispatch]:
+    """Attempts that nobody has published yet, whatever the reason."""
+    return [Dispatch(*row) for row in await connection.fetch(_UNDISPATCHED, limit)]
+
+
+_MARK_DISPATCHED = """
+WITH sent AS (
+    SELECT a.job_id, a.attempt
+    FROM allocations a JOIN unnest($1::bigint[], $2::int[]) AS t (job_id, attempt) USING (job_id, attempt)
+    WHERE a.dispatched_time IS NULL
+    ORDER BY a.job_id FOR NO KEY UPDATE OF a SKIP LOCKED
+)
+UPDATE allocations a SET dispatched_time = now() FROM sent s WHERE a.job_id = s.job_id AND a.attempt = s.attempt
+"""
+
+
+async def mark_dispatched(connection: Connection, dispatches: Sequence[Dispatch]) -> None:
+    """Note that attempts were published. One that ends meanwhile is passed over."""
+    await connection.execute(_MARK_DISPATCHED, [d.job_id for d in dispatches], [d.attempt for d in dispatches])
+
+
+_UNCLAIMED = """
+UPDATE allocations SET dispatched_time = NULL
+WHERE job_id IN (
+    SELECT a.job_id FROM allocations a JOIN jobs j USING (job_id)
+    WHERE a.dispatched_time < now() - make_interval(secs => $1) AND j.state = 'CONFIGURING' AND j.attempt = a.attempt
+    ORDER BY a.job_id LIMIT $2 FOR NO KEY UPDATE OF a SKIP LOCKED)
+"""
+
+
+async def forget_unclaimed(connection: Connection, seconds: float, limit: int) -> None:
+    """Let what was published `seconds` ago and never started be published again: Redis may have lost it."""
+    await connection.execute(_UNCLAIMED, seconds, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An attempt that holds CPUs of a node, as the node's worker looks at it."""
+
+    job_id: int
+    attempt: int
+    state: State
+    cancel_requested: bool
+
+
+_OF_NODE = """
+SELECT a.job_id, a.attempt, j.state, j.cancel_requested_time IS NOT NULL
+FROM allocations a JOIN jobs j USING (job_id) WHERE a.node = $1 ORDER BY a.job_id
+"""
+
+
+async def of_node(connection: Connection, node: str) -> list[Held]:
+    """Everything that holds CPUs of a node."""
+    rows = await connection.fetch(_OF_NODE, node)
+    return [Held(row[0], row[1], State(row[2]), row[3]) for row in rows]
+
+
+_STRANDED = """
+SELECT a.job_id, a.attempt, a.node FROM allocations a JOIN jobs j USING (job_id)
+LEFT JOIN node_leases l ON l.node = a.node
+WHERE j.state = 'CONFIGURING' AND (l.node IS NULL OR l.draining OR l.lease_until < now())
+ORDER BY a.node, a.job_id LIMIT $1
+"""
+
+
+async def stranded(connection: Connection, limit: int) -> list[Dispatch]:
+    """Attempts that have not started, on nodes whose lease is over or that drain."""
+    return [Dispatch(*row) for row in await connection.fetch(_STRANDED, limit)]

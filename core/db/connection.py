@@ -1,0 +1,97 @@
+"""Connections to PostgreSQL: their settings, their errors, and waiting for a server that is not there yet."""
+
+import asyncio
+import socket
+from typing import Any
+
+import asyncpg
+import structlog
+
+from core.settings import Settings, without_secrets
+
+Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
+Pool = asyncpg.Pool
+
+# The channel that wakes the scheduler: jobs arrived, or CPUs came back.
+WAKE_CHANNEL = "rowlock_wake"
+
+CONNECT_SECONDS = 5
+COMMAND_SECONDS = 15
+RETRY_SECONDS = 0.5
+
+# Nobody may stop the cluster by stopping: the server ends what fell silent, and durability is not a server default.
+SESSION = {
+    "synchronous_commit": "on",
+    "idle_in_transaction_session_timeout": "5s",
+    "lock_timeout": "2s",
+    "statement_timeout": "10s",
+    "tcp_user_timeout": "10s",
+    "timezone": "UTC",
+    # What is hot is in memory: without this a large batch reads the whole queue. Nothing here is worth compiling.
+    "random_page_cost": "1.1",
+    "jit": "off",
+}
+
+# What says that the server is away, or busy, and not that the statement was wrong.
+CONNECTION_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.OperatorInterventionError,  # shutdown, crash, "the database system is starting up"
+    asyncpg.InsufficientResourcesError,  # too many connections, disk full
+    asyncpg.LockNotAvailableError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,  # the database is not created yet
+    asyncpg.ReadOnlySQLTransactionError,  # a standby not promoted yet
+)
+
+
+def _options(settings: Settings, role: str, **more: str) -> dict[str, Any]:
+    return {
+        "dsn": settings.postgres_dsn,
+        "timeout": CONNECT_SECONDS,
+        "command_timeout": COMMAND_SECONDS,
+        "server_settings": {**SESSION, "application_name": application_name(role), **more},
+    }
+
+
+def application_name(role: str) -> str:
+    """The name a role on this host carries in pg_stat_activity; its health check looks for it."""
+    return f"rowlock {role} {socket.gethostname()}"[:63]
+
+
+async def connect(settings: Settings, role: str, **more: str) -> asyncpg.Connection:
+    """Open one connection; `more` are server settings of its own."""
+    return await asyncpg.connect(**_options(settings, role, **more))
+
+
+async def open_pool(settings: Settings, role: str, size: int) -> Pool:
+    """Open a pool of at most `size` connections, waiting for the server as long as it takes."""
+    log = structlog.get_logger()
+    said = ""
+    while True:
+        try:
+            return await asyncpg.create_pool(**_options(settings, role), min_size=1, max_size=size)
+        except CONNECTION_ERRORS as error:
+            problem = describe(error)
+            if problem != said:
+                log.warning("postgres_unreachable", address=without_secrets(settings.postgres_dsn), error=problem)
+                said = problem
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+def describe(error: BaseException) -> str:
+    """The error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+NOTIFY = f"NOTIFY {WAKE_CHANNEL}"
+
+
+async def notify(connection: Connection) -> None:
+    """Wake the scheduler. A statement of its own after the commit: a transaction that has notified commits alone."""
+    await connection.execute(NOTIFY)

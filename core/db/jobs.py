@@ -1,0 +1,238 @@
+"""The table jobs, and job_specs beside it: submissions, what clients read, and the moves that hold no CPUs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+from core.db.connection import Connection
+from core.records import Attempt, Job, JobSpec, NewJob
+from core.states import State
+
+_INSERT = """
+WITH input AS MATERIALIZED (
+    SELECT nextval(pg_get_serial_sequence('jobs', 'job_id')) AS job_id, t.*
+    FROM unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::int[], $6::bigint[], $7::bigint[], $8::bool[],
+                $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[], $15::bool[], $16::bool[])
+         WITH ORDINALITY AS t (name, account, partition, tasks, cpus_per_task, memory_mib, time_limit_seconds, requeue,
+                               script, environment, cwd, standard_output, standard_error, comment,
+                               cpus_per_task_given, tasks_per_node_given, position)
+), stored AS (
+    INSERT INTO jobs (job_id, name, account, partition, tasks, cpus_per_task, cpus, memory_mib, time_limit_seconds,
+                      requeue)
+    OVERRIDING SYSTEM VALUE
+    SELECT job_id, name, account, partition, tasks, cpus_per_task, tasks * cpus_per_task, memory_mib,
+           time_limit_seconds, requeue
+    FROM input
+    RETURNING job_id, submit_time
+), described AS (
+    INSERT INTO job_specs (job_id, script, environment, current_working_directory, standard_output, standard_error,
+                           comment, cpus_per_task_given, tasks_per_node_given)
+    SELECT job_id, script, environment, cwd, standard_output, standard_error, comment, cpus_per_task_given,
+           tasks_per_node_given
+    FROM input
+), queued AS (
+    INSERT INTO pending (partition, cpus, job_id) SELECT partition, tasks * cpus_per_task, job_id FROM input
+), logged AS (
+    INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, 0, 'PENDING', 'None' FROM input
+)
+SELECT job_id, submit_time FROM input JOIN stored USING (job_id) ORDER BY position
+"""
+
+
+async def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[tuple[int, datetime]]:
+    """Store submissions in one statement; answer (job_id, submit_time) in their order."""
+    rows = await connection.fetch(
+        _INSERT,
+        [job.name for job in jobs],
+        [job.account for job in jobs],
+        [job.partition for job in jobs],
+        [job.tasks for job in jobs],
+        [job.cpus_per_task for job in jobs],
+        [job.memory_mib for job in jobs],
+        [job.time_limit_seconds for job in jobs],
+        [job.requeue for job in jobs],
+        [job.script for job in jobs],
+        [json.dumps(dict(job.environment)) for job in jobs],
+        [job.current_working_directory for job in jobs],
+        [job.standard_output for job in jobs],
+        [job.standard_error for job in jobs],
+        [job.comment for job in jobs],
+        [job.cpus_per_task_given for job in jobs],
+        [job.tasks_per_node_given for job in jobs],
+    )
+    return [(row["job_id"], row["submit_time"]) for row in rows]
+
+
+_GET = """
+SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user
+FROM jobs j JOIN job_specs s USING (job_id) LEFT JOIN nodes n ON n.name = j.node
+WHERE j.job_id = $1
+"""
+
+
+async def get(connection: Connection, job_id: int) -> Job | None:
+    """One job, or None."""
+    row = await connection.fetchrow(_GET, job_id)
+    return None if row is None else _job(row)
+
+
+_SCRIPT = "SELECT script FROM job_specs WHERE job_id = $1"
+
+
+async def script(connection: Connection, job_id: int) -> str | None:
+    """A job's script as submitted, or None when there is no such job."""
+    text: str | None = await connection.fetchval(_SCRIPT, job_id)
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What a list of jobs is narrowed by; None lets everything through. Times are exclusive bounds."""
+
+    states: tuple[State, ...] | None = None
+    account: str | None = None
+    name: str | None = None
+    node: str | None = None
+    submitted_after: datetime | None = None
+    submitted_before: datetime | None = None
+
+
+_NEWEST = """
+SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user
+FROM jobs j JOIN job_specs s USING (job_id) LEFT JOIN nodes n ON n.name = j.node
+WHERE ($1::bigint IS NULL OR j.job_id < $1) AND ($2::text[] IS NULL OR j.state = ANY ($2))
+  AND ($3::text IS NULL OR j.account = $3) AND ($4::text IS NULL OR j.name = $4) AND ($5::text IS NULL OR j.node = $5)
+  AND ($6::timestamptz IS NULL OR j.submit_time > $6) AND ($7::timestamptz IS NULL OR j.submit_time < $7)
+ORDER BY j.job_id DESC LIMIT $8
+"""
+
+_OLDEST = """
+SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user
+FROM jobs j JOIN job_specs s USING (job_id) LEFT JOIN nodes n ON n.name = j.node
+WHERE ($1::bigint IS NULL OR j.job_id > $1) AND ($2::text[] IS NULL OR j.state = ANY ($2))
+  AND ($3::text IS NULL OR j.account = $3) AND ($4::text IS NULL OR j.name = $4) AND ($5::text IS NULL OR j.node = $5)
+  AND ($6::timestamptz IS NULL OR j.submit_time > $6) AND ($7::timestamptz IS NULL OR j.submit_time < $7)
+ORDER BY j.job_id LIMIT $8
+"""
+
+
+async def page(
+    connection: Connection, wanted: Filter, *, newest_first: bool, after: int | None, limit: int
+) -> list[Job]:
+    """The next `limit` jobs behind job `after` in the order of submission, or against it."""
+    rows = await connection.fetch(
+        _NEWEST if newest_first else _OLDEST,
+        after,
+        wanted.states,
+        wanted.account,
+        wanted.name,
+        wanted.node,
+        wanted.submitted_after,
+        wanted.submitted_before,
+        limit,
+    )
+    return [_job(row) for row in rows]
+
+
+_CANCEL_WAITING = """
+WITH moved AS (
+    UPDATE jobs SET state = 'CANCELLED', state_reason = 'None', end_time = now(), cancel_requested_time = now()
+    WHERE job_id = $1 AND state = 'PENDING'
+    RETURNING job_id, attempt
+), dequeued AS (
+    DELETE FROM pending p USING moved m WHERE p.job_id = m.job_id
+), logged AS (
+    INSERT INTO job_events (job_id, attempt, from_state, to_state, reason)
+    SELECT job_id, attempt, 'PENDING', 'CANCELLED', 'None' FROM moved
+)
+SELECT true FROM moved
+"""
+
+
+async def cancel_waiting(connection: Connection, job_id: int) -> bool:
+    """Cancel a job that is PENDING; False when it is not."""
+    return bool(await connection.fetchval(_CANCEL_WAITING, job_id))
+
+
+_REQUEST_CANCEL = """
+UPDATE jobs SET cancel_requested_time = coalesce(cancel_requested_time, now())
+WHERE job_id = $1 AND attempt = $2 AND state = 'RUNNING'
+RETURNING true
+"""
+
+
+async def request_cancel(connection: Connection, attempt: Attempt) -> bool:
+    """Ask for the end of a running attempt; False when it is not running.
+
+    It stays RUNNING until nothing of it is left.
+    """
+    return bool(await connection.fetchval(_REQUEST_CANCEL, attempt.job_id, attempt.attempt))
+
+
+_START = """
+WITH input AS (
+    SELECT * FROM unnest($1::bigint[], $2::int[]) AS t (job_id, attempt)
+), locked AS (
+    SELECT j.job_id FROM jobs j JOIN input i USING (job_id)
+    WHERE j.state = 'CONFIGURING' AND j.attempt = i.attempt AND j.node = $3
+    ORDER BY j.job_id FOR NO KEY UPDATE OF j
+), current AS (
+    -- Locked, after all jobs are: a newer worker that registers meanwhile must find what this one has started.
+    SELECT FROM node_leases WHERE node = $3 AND incarnation = $4 AND NOT draining AND (SELECT count(*) > 0 FROM locked)
+    FOR SHARE
+), moved AS (
+    UPDATE jobs j SET state = 'RUNNING', start_time = clock_timestamp()
+    FROM input i JOIN locked USING (job_id) CROSS JOIN current
+    WHERE j.job_id = i.job_id AND j.attempt = i.attempt AND j.state = 'CONFIGURING' AND j.node = $3
+    RETURNING j.*
+), logged AS (
+    INSERT INTO job_events (job_id, attempt, from_state, to_state, reason, node, time)
+    SELECT job_id, attempt, 'CONFIGURING', 'RUNNING', 'None', node, start_time FROM moved
+)
+SELECT m.job_id, m.attempt, m.restart_cnt, m.name, m.account, m.partition, m.tasks, m.cpus_per_task, m.cpus,
+       m.memory_mib, m.time_limit_seconds, m.requeue, m.start_time, s.script, s.environment,
+       s.current_working_directory, s.standard_output, s.standard_error, s.cpus_per_task_given, s.tasks_per_node_given
+FROM moved m JOIN job_specs s USING (job_id)
+"""
+
+
+async def start(connection: Connection, attempts: Sequence[Attempt], *, node: str, incarnation: int) -> list[JobSpec]:
+    """Move attempts from CONFIGURING to RUNNING on behalf of a node's current worker; answer those that moved.
+
+    Fenced by attempt, node and incarnation: what is stale, repeated or forged is simply not among the answers.
+    """
+    rows = await connection.fetch(
+        _START, [a.job_id for a in attempts], [a.attempt for a in attempts], node, incarnation
+    )
+    return [_spec(row) for row in rows]
+
+
+_RUNNING = """
+SELECT j.job_id, j.attempt, j.restart_cnt, j.name, j.account, j.partition, j.tasks, j.cpus_per_task, j.cpus,
+       j.memory_mib, j.time_limit_seconds, j.requeue, j.start_time, s.script, s.environment,
+       s.current_working_directory, s.standard_output, s.standard_error, s.cpus_per_task_given, s.tasks_per_node_given
+FROM unnest($1::bigint[], $2::int[]) AS t (job_id, attempt)
+JOIN jobs j USING (job_id, attempt) JOIN job_specs s USING (job_id)
+WHERE j.state = 'RUNNING' AND j.node = $3
+  AND EXISTS (SELECT FROM node_leases l WHERE l.node = $3 AND l.incarnation = $4)
+"""
+
+
+async def running(connection: Connection, attempts: Sequence[Attempt], *, node: str, incarnation: int) -> list[JobSpec]:
+    """Those of the attempts that are RUNNING on a node, for its current worker alone."""
+    rows = await connection.fetch(
+        _RUNNING, [a.job_id for a in attempts], [a.attempt for a in attempts], node, incarnation
+    )
+    return [_spec(row) for row in rows]
+
+
+def _spec(row: Mapping[str, Any] | asyncpg.Record) -> JobSpec:
+    return JobSpec(**{**row, "environment": json.loads(row["environment"])})
+
+
+def _job(row: Mapping[str, Any] | asyncpg.Record) -> Job:
+    return Job(**{**row, "state": State(row["state"])})

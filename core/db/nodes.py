@@ -1,0 +1,178 @@
+"""The tables nodes and node_leases: registration, heartbeats, and the capacity that may be given out."""
+
+from core.db.connection import Connection
+from core.records import Capacity, Holder, Node, NodeSpec
+
+_ADD = """
+INSERT INTO nodes (name, partitions, declared_cpus, cpus, memory_mib, work_base_dir, job_user)
+VALUES ($1, $2, $3, $3, $4, $5, $6)
+ON CONFLICT (name) DO NOTHING
+"""
+
+_LEASE = """
+INSERT INTO node_leases AS l
+    (node, incarnation, spool_id, hostname, heartbeat_time, lease_until, address, secret, version, grace_seconds,
+     requeue_after_seconds)
+VALUES ($1, 1, $2, $3, clock_timestamp(), clock_timestamp() + make_interval(secs => $7), $4, $5, $6, $8, $9)
+ON CONFLICT (node) DO UPDATE SET
+    incarnation = l.incarnation + 1, spool_id = excluded.spool_id, hostname = excluded.hostname,
+    heartbeat_time = excluded.heartbeat_time, lease_until = excluded.lease_until, draining = false,
+    address = excluded.address, secret = excluded.secret, version = excluded.version,
+    grace_seconds = excluded.grace_seconds, requeue_after_seconds = excluded.requeue_after_seconds
+WHERE l.spool_id = excluded.spool_id OR l.lease_until < clock_timestamp()
+RETURNING incarnation
+"""
+
+_DECLARE = """
+UPDATE nodes SET partitions = $2, declared_cpus = $3, cpus = greatest($3, alloc_cpus), memory_mib = $4,
+                 work_base_dir = $5, job_user = $6
+WHERE name = $1
+"""
+
+
+async def register(connection: Connection, spec: NodeSpec, lease_seconds: float) -> int | None:
+    """Register a node's worker; answer its incarnation. Needs a transaction of the caller's.
+
+    None, with nothing changed, when another spool's worker holds the node's name under a living lease. A worker that
+    comes back with fewer CPUs than are allocated registers all the same: `cpus` falls to what is allocated, then with
+    each release.
+    """
+    node = (spec.name, list(spec.partitions), spec.cpus, spec.memory_mib, spec.work_base_dir, spec.job_user)
+    await connection.execute(_ADD, *node)  # the lease refers to it; whoever is refused must not touch one that is there
+    incarnation: int | None = await connection.fetchval(
+        _LEASE,
+        spec.name,
+        spec.spool_id,
+        spec.hostname,
+        spec.address,
+        spec.secret,
+        spec.version,
+        lease_seconds,
+        spec.grace_seconds,
+        spec.requeue_after_seconds,
+    )
+    if incarnation is not None:
+        await connection.execute(_DECLARE, *node)
+    return incarnation
+
+
+_HOLDER = "SELECT hostname, spool_id FROM node_leases WHERE node = $1"
+
+
+async def holder(connection: Connection, node: str) -> Holder | None:
+    """Who holds, or held last, the lease of a node."""
+    row = await connection.fetchrow(_HOLDER, node)
+    return None if row is None else Holder(*row)
+
+
+_IS_CURRENT = "SELECT EXISTS (SELECT FROM node_leases WHERE node = $1 AND incarnation = $2)"
+
+
+async def is_current(connection: Connection, node: str, incarnation: int) -> bool:
+    """Whether no newer worker has registered as this node."""
+    return bool(await connection.fetchval(_IS_CURRENT, node, incarnation))
+
+
+_HEARTBEAT = """
+UPDATE node_leases SET heartbeat_time = clock_timestamp(), lease_until = clock_timestamp() + make_interval(secs => $3),
+                       draining = $4, cpu_load = $5
+WHERE node = $1 AND incarnation = $2
+RETURNING true
+"""
+
+
+async def heartbeat(
+    connection: Connection, node: str, incarnation: int, *, lease_seconds: float, draining: bool, cpu_load: float
+) -> bool:
+    """Prolong the lease; False when a newer incarnation holds it."""
+    return bool(await connection.fetchval(_HEARTBEAT, node, incarnation, lease_seconds, draining, cpu_load))
+
+
+_GIVE_UP = """
+UPDATE node_leases SET lease_until = clock_timestamp(), draining = true WHERE node = $1 AND incarnation = $2
+"""
+
+
+async def give_up_lease(connection: Connection, node: str, incarnation: int) -> None:
+    """End the lease now: a worker that stops on purpose need not be waited for."""
+    await connection.execute(_GIVE_UP, node, incarnation)
+
+
+_DRAIN_ITSELF = """
+UPDATE nodes SET admin_state = 'DRAIN', admin_reason = $3, admin_by = 'rowlock', admin_time = clock_timestamp()
+WHERE name = $1 AND admin_state = 'RESUME'
+  AND EXISTS (SELECT FROM node_leases l WHERE l.node = $1 AND l.incarnation = $2)
+RETURNING true
+"""
+
+
+async def drain_itself(connection: Connection, node: str, incarnation: int, reason: str) -> bool:
+    """Take a node out on its own worker's word; False when it is out already."""
+    return bool(await connection.fetchval(_DRAIN_ITSELF, node, incarnation, reason))
+
+
+_RESUME_ITSELF = """
+UPDATE nodes SET admin_state = 'RESUME', admin_reason = NULL, admin_by = 'rowlock', admin_time = clock_timestamp()
+WHERE name = $1 AND admin_state = 'DRAIN' AND admin_by = 'rowlock'
+  AND EXISTS (SELECT FROM node_leases l WHERE l.node = $1 AND l.incarnation = $2)
+RETURNING true
+"""
+
+
+async def resume_itself(connection: Connection, node: str, incarnation: int) -> bool:
+    """Take back `drain_itself`, and nothing that an operator said."""
+    return bool(await connection.fetchval(_RESUME_ITSELF, node, incarnation))
+
+
+_LOCK_FREE = """
+SELECT n.name, n.partitions, n.cpus - n.alloc_cpus
+FROM nodes n JOIN node_leases l ON l.node = n.name
+WHERE n.alloc_cpus < n.cpus AND n.admin_state = 'RESUME' AND NOT l.draining AND l.lease_until > clock_timestamp()
+  -- By the index: a look from the table's start passes all that was taken out since the last vacuum.
+  AND (SELECT job_id FROM pending ORDER BY job_id LIMIT 1) IS NOT NULL
+ORDER BY n.name FOR NO KEY UPDATE OF n
+"""
+
+
+async def lock_free(connection: Connection) -> list[Capacity]:
+    """Lock every node that has free CPUs and may be given work, in the order of names; answer what is free.
+
+    It waits for a node that somebody else holds: one that were skipped would hide capacity. The capacity returned is
+    that of the locked row, so nothing can change it before the end of the caller's transaction.
+    """
+    rows = await connection.fetch(_LOCK_FREE)
+    return [Capacity(row[0], frozenset(row[1]), row[2]) for row in rows]
+
+
+_PARTITIONS = "SELECT p AS partition, max(declared_cpus) FROM nodes, unnest(partitions) AS p GROUP BY p"
+
+
+async def largest_by_partition(connection: Connection) -> dict[str, int]:
+    """The CPUs of the largest node of each partition, whatever its state; empty while no node is registered."""
+    return {row[0]: row[1] for row in await connection.fetch(_PARTITIONS)}
+
+
+_ALL = """
+SELECT n.name, n.partitions, n.cpus, n.declared_cpus, n.alloc_cpus, n.memory_mib, n.admin_state, n.admin_reason,
+       n.admin_by, n.admin_time, n.registered_time, coalesce(l.lease_until > clock_timestamp(), false) AS alive,
+       coalesce(l.draining, false) AS draining, l.hostname, l.address, l.heartbeat_time, l.incarnation, l.version,
+       l.cpu_load
+FROM nodes n LEFT JOIN node_leases l ON l.node = n.name
+WHERE $1::text IS NULL OR n.name = $1
+ORDER BY n.name
+"""
+
+
+async def all_nodes(connection: Connection, name: str | None = None) -> list[Node]:
+    """Every node, or the one of that name."""
+    rows = await connection.fetch(_ALL, name)
+    return [Node(**{**row, "partitions": tuple(row["partitions"])}) for row in rows]
+
+
+_FILE_SERVER = "SELECT address, secret FROM node_leases WHERE node = $1 AND lease_until > clock_timestamp()"
+
+
+async def file_server(connection: Connection, node: str) -> tuple[str, str] | None:
+    """Where a node's worker serves its files, and the secret that it wants to see; None while its lease is over."""
+    row = await connection.fetchrow(_FILE_SERVER, node)
+    return None if row is None else (row[0], row[1])

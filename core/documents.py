@@ -1,0 +1,74 @@
+"""The JSON of the HTTP API, as types: what the API renders and what its clients read."""
+
+from typing import TypedDict
+
+
+class JobDocument(TypedDict):
+    """A job, with the names of Slurm's job info. Times are RFC 3339 in UTC, memory is MiB.
+
+    Paths are absolute once the job has a node, and as requested before.
+    """
+
+    job_id: int
+    name: str
+    account: str
+    partition: str
+    state: str
+    state_reason: str
+    state_description: str | None
+    tasks: int
+    cpus_per_task: int
+    tasks_per_node: int
+    cpus: int
+    memory_per_node: int | None
+    time_limit: str
+    time_limit_seconds: int | None
+    requeue: bool
+    nodes: list[str]
+    batch_host: str | None
+    attempt: int
+    restart_cnt: int
+    submit_time: str
+    allocate_time: str | None
+    start_time: str | None
+    end_time: str | None
+    cancel_requested_time: str | None
+    exit_code: int | None
+    signal: str | None
+    current_working_directory: str | None
+    standard_output: str
+    standard_error: str | None
+    comment: str | None
+
+
+class JobsDocument(TypedDict):
+    """A page of jobs; `next_cursor` is null on the last one."""
+
+    jobs: list[JobDocument]
+    next_cursor: str | None
+
+
+class NodeDocument(TypedDict):
+    """A node, with the names of Slurm's node info."""
+
+    name: str
+    hostname: str | None
+    address: str | None
+    state: str
+    state_flags: list[str]
+    reason: str | None
+    partitions: list[str]
+    cpus: int
+    alloc_cpus: int
+    alloc_idle_cpus: int
+    cpu_load: float | None
+    real_memory: int
+    version: str | None
+    registered_time: str
+    heartbeat_time: str | None
+
+
+class NodesDocument(TypedDict):
+    """Every node, by name."""
+
+    nodes: list[NodeDocument]

@@ -1,0 +1,145 @@
+"""The application: routes, what every request passes through, and the duties beside them."""
+
+import asyncio
+import getpass
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from pathlib import PurePosixPath
+from typing import Any
+
+import aiohttp
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from core import streams
+from core.db.connection import notify
+from core.duty import repeat
+from core.errors import Unavailable
+from core.settings import Settings, without_secrets
+from core.wakeup import Wakeup
+from services.api import cancel, health, jobs, logs, nodes
+from services.api.database import Database
+from services.api.guard import MAX_BODY, guard
+from services.api.models import Site
+from services.api.problems import answer_problems
+from services.api.state import STATE, State
+from services.api.submit import Submitter
+
+Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+ROUTES: tuple[tuple[str, str, Handle], ...] = (
+    ("GET", "/", health.root),
+    ("GET", "/health", health.health),
+    ("POST", "/api/v1/jobs", jobs.post_job),
+    ("GET", "/api/v1/jobs", jobs.list_jobs),
+    ("GET", "/api/v1/jobs/{job_id}", jobs.get_job),
+    ("DELETE", "/api/v1/jobs/{job_id}", cancel.cancel_job),
+    ("GET", "/api/v1/jobs/{job_id}/script", jobs.get_script),
+    ("GET", "/api/v1/jobs/{job_id}/logs", logs.get_logs),
+    ("POST", "/api/v1/jobs/{job_id}/cancel", cancel.cancel_job),
+    ("GET", "/api/v1/nodes", nodes.list_nodes),
+    ("GET", "/api/v1/nodes/{name:[^/]+}", nodes.get_node),  # braces may stand in a node's name
+)
+
+NOTIFY_POLL_SECONDS = 3600
+
+HEADERS = {"Server": "rowlock", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+"""Of every answer."""
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[web.Application]:
+    """The application with its duties at work; they end with the block, and what they opened is closed."""
+    database, wake = Database(settings), Wakeup()
+    # No limit: a pool of connections that slow readers of logs hold would shut out everybody else.
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False, trust_env=False) as workers:
+        state = State(
+            site=site_of(settings),
+            database=database,
+            submitter=Submitter(database, wake),
+            redis=streams.connect(settings),
+            workers=workers,
+            wake=wake,
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                duties = [group.create_task(duty) for duty in _duties(settings, state)]
+                try:
+                    yield application(settings, state)
+                finally:
+                    for duty in duties:
+                        duty.cancel()
+        finally:
+            await database.close()
+            await state.redis.aclose()
+
+
+def _duties(settings: Settings, state: State) -> list[Coroutine[Any, Any, None]]:
+    async def notify_once() -> int:
+        # A hint that is lost costs a poll of the scheduler's; PostgreSQL being away must not end this role.
+        with suppress(Unavailable):
+            async with state.database.connection() as connection:
+                await notify(connection)
+        return 0
+
+    return [
+        state.database.keep_open(),
+        state.submitter.run(),
+        # One NOTIFY in flight at most: what is set meanwhile is one more, afterwards.
+        repeat("notify", notify_once, state.wake, NOTIFY_POLL_SECONDS),
+        streams.name_when_away(state.redis, without_secrets(settings.redis_dsn)),
+    ]
+
+
+def site_of(settings: Settings) -> Site:
+    """What submissions are held against."""
+    roots = tuple(PurePosixPath(os.path.normpath(root)) for root in settings.roots)
+    return Site(roots=roots, default_partition=settings.partitions[0], user=_user())
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's account without a name
+        return str(os.getuid())
+
+
+def application(settings: Settings, state: State) -> web.Application:
+    """The routes, behind the guard and the problem answers."""
+    app = web.Application(middlewares=[note_access, answer_problems, guard(settings)], client_max_size=MAX_BODY)
+    app[STATE] = state
+    for method, path, handler in ROUTES:
+        # A route for GET answers HEAD as well.
+        for verb in ("GET", "HEAD") if method == "GET" else (method,):
+            app.router.add_route(verb, path, handler, expect_handler=_expect)
+    app.on_response_prepare.append(_add_headers)
+    return app
+
+
+@web.middleware
+async def note_access(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """One event per request."""
+    began = time.perf_counter()
+    response = await handler(request)
+    structlog.get_logger().debug(
+        "request",
+        method=request.method,
+        path=request.rel_url.raw_path,
+        status=response.status,
+        seconds=round(time.perf_counter() - began, 6),
+    )
+    return response
+
+
+async def _expect(request: web.Request) -> None:
+    # "100 Continue" itself is sent by who reads the body, once nothing else is wrong with the request.
+    if request.headers["Expect"].lower() != "100-continue":
+        raise web.HTTPExpectationFailed
+
+
+async def _add_headers(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(HEADERS)

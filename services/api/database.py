@@ -1,0 +1,98 @@
+"""PostgreSQL as the API sees it: opened in the background, and away is an answer, not a crash."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+
+from core.db import schema
+from core.db.connection import CONNECTION_ERRORS, Connection, Pool, connect, describe, open_pool
+from core.errors import SchemaMismatch, Unavailable
+from core.settings import Settings, without_secrets
+
+POOL_SIZE = 8
+ACQUIRE_SECONDS = 5
+CLOSE_SECONDS = 3
+LOOK_SECONDS = 3
+
+# Tables that are not there (any more), or not ours to use: the database was emptied, or is being migrated.
+UNFIT = (
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.InsufficientPrivilegeError,
+    asyncpg.InvalidCachedStatementError,
+)
+
+
+class Database:
+    """A pool that may not be there yet. Every way of being away is `Unavailable` to those who use it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._address = without_secrets(settings.postgres_dsn)
+        self._pool: Pool | None = None
+        self._fits = False
+        self._doubt = asyncio.Event()
+
+    async def keep_open(self) -> None:
+        """Wait for the server, then for the schema; again for the schema when it turns out not to fit."""
+        self._pool = await open_pool(self._settings, "api", POOL_SIZE)
+        while True:
+            await schema.ensure(self._pool)
+            self._fits = True
+            await self._doubt.wait()
+            self._fits = False
+            self._doubt.clear()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something to ask; it may be away all the same."""
+        return self._pool is not None and self._fits
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection for SQL alone. Unavailable when PostgreSQL is away, at whatever moment it went."""
+        if self._pool is None or not self._fits:
+            raise Unavailable(f"PostgreSQL at {self._address} cannot be used yet: GET /health says why")
+        try:
+            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
+                yield connection
+        except ValueError:  # asyncpg's word for data that does not fit is also one of its connection errors
+            raise
+        except UNFIT as error:
+            self._doubt.set()
+            raise Unavailable(f"the database does not hold this schema: {describe(error)}") from error
+        except CONNECTION_ERRORS as error:
+            raise Unavailable(f"PostgreSQL at {self._address} is away: {describe(error)}") from error
+
+    async def check(self) -> None:
+        """Raise Unavailable, saying what is wrong, unless PostgreSQL answers and the schema fits."""
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                await self._look()
+        except (SchemaMismatch, *UNFIT) as error:
+            raise Unavailable(describe(error)) from error
+        except CONNECTION_ERRORS as error:
+            raise Unavailable(f"PostgreSQL at {self._address} is away: {describe(error)}") from error
+
+    async def _look(self) -> None:
+        if self._pool is not None:
+            async with self._pool.acquire(timeout=LOOK_SECONDS) as connection:
+                await schema.check(connection)
+            return
+        alone = await connect(self._settings, "api")
+        try:
+            await schema.check(alone)
+        finally:
+            alone.terminate()
+
+    async def close(self) -> None:
+        """Close the pool in order, or in haste when something still holds it."""
+        if self._pool is None:
+            return
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._pool.close()
+        except (TimeoutError, *CONNECTION_ERRORS):
+            self._pool.terminate()

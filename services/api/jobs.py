@@ -1,0 +1,77 @@
+"""Jobs over HTTP: submit, read, list."""
+
+import re
+
+import structlog
+from aiohttp import web
+
+from core.db import jobs
+from core.documents import JobsDocument
+from core.records import Job
+from services.api import guard, listing, models, rendering, state, strict_json
+from services.api.problems import Problem
+
+_JOB_ID = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
+
+
+def job_id_of(request: web.Request) -> int:
+    """The job that the path names; 404 for what can be none."""
+    text = request.match_info["job_id"]
+    if not _JOB_ID.fullmatch(text) or int(text) >= 2**63:
+        raise Problem(404, "there is no such job")
+    return int(text)
+
+
+def found(job: Job | None, job_id: int) -> Job:
+    """The job, or 404."""
+    if job is None:
+        raise Problem(404, f"there is no job {job_id}")
+    return job
+
+
+async def post_job(request: web.Request) -> web.Response:
+    """``POST /jobs``: 201 with the job as stored, after the commit."""
+    api = state.of(request)
+    guard.check_json(request)
+    new = models.new_job(strict_json.parse(await guard.body_of(request)), api.site)
+    job = await api.submitter.submit(new)
+    structlog.get_logger().info("job_submitted", job_id=job.job_id, account=job.account, cpus=job.cpus)
+    location = {"Location": f"/api/v1/jobs/{job.job_id}"}
+    return rendering.answer(rendering.job_document(job), 201, location)
+
+
+async def get_job(request: web.Request) -> web.Response:
+    """``GET /jobs/{job_id}``."""
+    api, job_id = state.of(request), job_id_of(request)
+    async with api.database.connection() as connection:
+        job = found(await jobs.get(connection, job_id), job_id)
+    return rendering.answer(rendering.job_document(job))
+
+
+async def get_script(request: web.Request) -> web.Response:
+    """``GET /jobs/{job_id}/script``: as submitted."""
+    api, job_id = state.of(request), job_id_of(request)
+    async with api.database.connection() as connection:
+        text = await jobs.script(connection, job_id)
+    if text is None:
+        raise Problem(404, f"there is no job {job_id}")
+    return web.Response(body=text.encode(), content_type="text/plain", charset="utf-8")
+
+
+async def list_jobs(request: web.Request) -> web.Response:
+    """``GET /jobs``: a page, in the order of submission or against it."""
+    api, asked = state.of(request), listing.read(request.query)
+    async with api.database.connection() as connection:
+        page = await jobs.page(
+            connection,
+            asked.wanted,
+            newest_first=asked.newest_first,
+            after=asked.after,
+            limit=asked.limit + 1,  # one more, to know whether there is another page
+        )
+    shown = page[: asked.limit]
+    document: JobsDocument = {
+        "jobs": [rendering.job_document(job) for job in shown],
+        "next_cursor": asked.cursor_behind(shown[-1]) if len(page) > asked.limit else None,
+    }
+    return rendering.answer(document)

@@ -1,0 +1,33 @@
+"""What the handlers share."""
+
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import web
+from redis.asyncio import Redis
+
+from core.wakeup import Wakeup
+from services.api.database import Database
+from services.api.models import Site
+from services.api.submit import Submitter
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One API process."""
+
+    site: Site
+    database: Database
+    submitter: Submitter
+    redis: Redis
+    workers: aiohttp.ClientSession
+    wake: Wakeup
+    """Set after a commit that the scheduler should hear of."""
+
+
+STATE = web.AppKey("state", State)
+
+
+def of(request: web.Request) -> State:
+    """The state of the process that answers."""
+    return request.app[STATE]

@@ -1,0 +1,1 @@
+"""The ``rowlock`` command: only migrate, audit and health use PostgreSQL directly."""

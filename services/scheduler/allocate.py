@@ -1,0 +1,40 @@
+"""Allocate: one transaction locks the nodes, looks at what waits, decides, and applies the decision."""
+
+from collections.abc import Sequence
+
+import structlog
+
+from core.db import allocations, nodes, pending
+from core.db.connection import Pool
+from core.policy import plan
+from core.records import Capacity
+
+BATCH = 500
+
+
+async def allocate_once(pool: Pool) -> int:
+    """One pass; answer how many jobs were given CPUs."""
+    async with pool.acquire() as connection, connection.transaction():
+        free = await nodes.lock_free(connection)
+        if not free:
+            return 0
+        waiting = await pending.heads(connection, room(free), BATCH)
+        placements = plan(waiting, free)[:BATCH]
+        if not placements:
+            return 0
+        placed = await allocations.place(connection, placements)
+    log = structlog.get_logger()
+    for job in placed:
+        log.info("job_allocated", job_id=job.job_id, attempt=job.attempt, node=job.node, cpus=job.cpus)
+    return len(placed)
+
+
+def room(free: Sequence[Capacity]) -> list[tuple[str, int, int]]:
+    """For each partition: its name, its largest free node, its free CPUs in total."""
+    largest: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for node in free:
+        for partition in node.partitions:
+            largest[partition] = max(largest.get(partition, 0), node.free_cpus)
+            total[partition] = total.get(partition, 0) + node.free_cpus
+    return [(partition, largest[partition], total[partition]) for partition in largest]

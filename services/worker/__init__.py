@@ -1,0 +1,1 @@
+"""The worker: registers its node, consumes its stream, supervises scripts, serves their output."""

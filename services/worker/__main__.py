@@ -1,0 +1,20 @@
+"""``rowlock worker``, ``python -m services.worker``: the launcher; the asyncio worker itself is `serve`."""
+
+import sys
+from collections.abc import Sequence
+
+from services.worker.keeper import launch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a worker under its keeper; answer the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(arguments):
+        from services.worker.serve import main as serve
+
+        return serve(list(arguments))
+    return launch(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

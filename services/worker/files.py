@@ -1,0 +1,234 @@
+"""The files of a job: its output below allowed folders, without following symbolic links, and its script.
+
+A path is walked name by name with descriptors, so that a link put there at any moment is refused and not
+followed. The allowed folders themselves belong to the operator: links on the way to them are followed.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from core.errors import RowlockError
+from services.worker.process import LaunchFailed
+
+NULL: Final = Path("/dev/null")
+MAX_SHEBANG: Final = 255
+"""Bytes of a first line that the kernel looks at (BINPRM_BUF_SIZE less one)."""
+
+# The kernel takes what follows the interpreter as one argument, blanks within it included (binfmt_script.c).
+_SHEBANG: Final = re.compile(r"#![ \t]*([^ \t]+)(?:[ \t]+(.*?))?[ \t]*", re.DOTALL)
+# O_PATH: a folder that one may pass through, but not list, is good enough.
+_FOLDER: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: the open of a FIFO must not hang; what came of it is looked at afterwards.
+_FILE: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class FileRefused(RowlockError):
+    """A path that a job may not use: outside the allowed folders, a symbolic link, or no regular file."""
+
+
+def open_output(roots: Sequence[Path], path: Path, *, append: bool) -> int:
+    """Open an output file below one of `roots` for writing; the caller closes the descriptor.
+
+    Missing folders are made. Emptied unless `append`. Writes always go to the end (O_APPEND, as in Slurm),
+    so two descriptors of one file never overwrite each other. ``/dev/null`` is allowed, spelled so. Raises
+    FileRefused and OSError.
+    """
+    if path == NULL:
+        return os.open(NULL, os.O_WRONLY | os.O_CLOEXEC)
+    with _parent(roots, path, create=True) as folder:
+        # Not O_TRUNC: the file is emptied only once it is known to be one.
+        fd = _open_regular(folder, path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with _closed_on_error(fd):
+        if not append:
+            os.ftruncate(fd, 0)
+    return fd
+
+
+def open_for_reading(roots: Sequence[Path], path: Path) -> int:
+    """Open a regular file below one of `roots`; the caller closes it. Raises FileRefused and OSError."""
+    with _parent(roots, path, create=False) as folder:
+        return _open_regular(folder, path, os.O_RDONLY)
+
+
+def open_directory(roots: Sequence[Path], path: Path) -> int:
+    """A descriptor (O_PATH) of a folder at or below one of `roots`, made if missing; the caller closes it.
+
+    Given to `process.start` as its `cwd`, the job works in this very folder whatever happens to its path
+    meanwhile. Raises FileRefused and OSError.
+    """
+    root, names = _located(roots, path)
+    return _walk(root, names, create=True)
+
+
+def make_directory(roots: Sequence[Path], path: Path) -> None:
+    """Make a folder at or below one of `roots`, with those above it. Raises FileRefused and OSError."""
+    os.close(open_directory(roots, path))
+
+
+@contextmanager
+def _parent(roots: Sequence[Path], path: Path, *, create: bool) -> Iterator[int]:
+    root, names = _located(roots, path)
+    if not names:
+        raise FileRefused(f"{path} is a folder")
+    fd = _walk(root, names[:-1], create=create)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _located(roots: Sequence[Path], path: Path) -> tuple[Path, tuple[str, ...]]:
+    """The real path of the root that `path` lies in, as its spelling says, and the names below it."""
+    if not path.is_absolute() or ".." in path.parts or "\0" in str(path):
+        raise FileRefused(f"{path} must be an absolute path without '..'")
+    for root in roots:
+        real = root.resolve()
+        for spelled in (root, real):
+            if path.is_relative_to(spelled):
+                return real, path.relative_to(spelled).parts
+    raise FileRefused(f"{path} lies outside the allowed folders ({', '.join(map(str, roots))})")
+
+
+def _walk(root: Path, names: Sequence[str], *, create: bool) -> int:
+    fd = os.open(root, _FOLDER)
+    for depth, name in enumerate(names):
+        try:
+            below = _enter(fd, name, root.joinpath(*names[: depth + 1]), create=create)
+        finally:
+            os.close(fd)
+        fd = below
+    return fd
+
+
+def _enter(fd: int, name: str, path: Path, *, create: bool) -> int:
+    if create:
+        with suppress(FileExistsError):
+            os.mkdir(name, 0o755, dir_fd=fd)
+    try:
+        return os.open(name, _FOLDER, dir_fd=fd)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise FileRefused(f"{path} is {_kind(fd, name)}, not a folder") from error
+        raise
+
+
+def _open_regular(folder: int, path: Path, flags: int) -> int:
+    try:
+        fd = os.open(path.name, flags | _FILE, 0o644, dir_fd=folder)
+    except OSError as error:
+        # ELOOP a link, EISDIR a folder, ENXIO a FIFO nobody reads or a socket, ENODEV a dead device
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV):
+            raise FileRefused(f"{path} is {_kind(folder, path.name)}, not a regular file") from error
+        raise
+    with _closed_on_error(fd):
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FileRefused(f"{path} is {_kind(folder, path.name)}, not a regular file")
+        # The job inherits this open file: it should find an ordinary one.
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+    return fd
+
+
+def _kind(folder: int, name: str) -> str:
+    """What stands there now, for a message only."""
+    kinds = {
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFREG: "a regular file",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+    }
+    try:
+        mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return "gone"
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+@contextmanager
+def _closed_on_error(fd: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def script_path(script_dir: Path, job_id: int, attempt: int) -> Path:
+    """Where the script of an attempt lies while it runs."""
+    return script_dir / f"job-{job_id}.{attempt}"
+
+
+def write_script(script_dir: Path, job_id: int, attempt: int, text: str) -> Path:
+    """Write a script, 0700, into `script_dir` (made 0700 where it is missing); answer its path.
+
+    A file that an earlier worker left there is replaced. Raises FileRefused when other users may write in
+    the folder, and OSError.
+    """
+    path = script_path(script_dir, job_id, attempt)
+    with _private(script_dir) as folder:
+        with suppress(FileNotFoundError):
+            os.unlink(path.name, dir_fd=folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path.name, flags, 0o700, dir_fd=folder)
+        try:
+            with open(fd, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+        except BaseException:
+            os.unlink(path.name, dir_fd=folder)
+            raise
+    return path
+
+
+def remove_script(script_dir: Path, job_id: int, attempt: int) -> None:
+    """Remove the script of an attempt, if it is there."""
+    script_path(script_dir, job_id, attempt).unlink(missing_ok=True)
+
+
+@contextmanager
+def _private(script_dir: Path) -> Iterator[int]:
+    script_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(script_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(fd).st_mode
+        # With the sticky bit, as in /tmp, nobody else can replace a file of ours.
+        if mode & 0o022 and not mode & stat.S_ISVTX:
+            raise FileRefused(f"other users may write in {script_dir}: they could replace scripts")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def command_for(script_path: Path, script_text: str) -> list[str]:
+    """The command that runs a script as the kernel would: interpreter, at most one argument, its path.
+
+    Raises LaunchFailed when the first line names nothing that can be started.
+    """
+    line = script_text.partition("\n")[0]
+    if not line.startswith("#!"):
+        raise LaunchFailed("the script does not begin with '#!'")
+    if line.endswith("\r"):
+        raise LaunchFailed("the script's first line ends in a carriage return: save it with Unix line ends")
+    if len(line.encode(errors="surrogatepass")) > MAX_SHEBANG:
+        raise LaunchFailed(f"the script's first line is longer than {MAX_SHEBANG} bytes")
+    found = _SHEBANG.fullmatch(line)
+    if found is None:
+        raise LaunchFailed("the script's first line names no interpreter after '#!'")
+    interpreter, argument = found.groups()
+    _check_interpreter(interpreter)
+    return [interpreter, *([argument] if argument else []), str(script_path)]
+
+
+def _check_interpreter(interpreter: str) -> None:
+    if not interpreter.startswith("/") or "\0" in interpreter:
+        raise LaunchFailed(f"the script's interpreter {interpreter!r} must be an absolute path")
+    if not os.path.isfile(interpreter):
+        raise LaunchFailed(f"the script's interpreter {interpreter} does not exist on this node")
+    if not os.access(interpreter, os.X_OK):
+        raise LaunchFailed(f"the script's interpreter {interpreter} may not be executed")

@@ -1,0 +1,53 @@
+"""Health: a node that lacks something drains itself and says why; one that hears nothing gives back what it may."""
+
+import asyncio
+import os
+
+import structlog
+
+from core.db import nodes
+from services.worker.node import Node
+
+PROBE_BYTES = 256 * 1024
+
+
+async def look_once(node: Node) -> int:
+    """Drain the node while it has a trouble, and resume it once a probe finds that it is over."""
+    if node.trouble is None:
+        return 0
+    async with node.pool.acquire() as connection:
+        if problem := _probe(node):
+            node.trouble = problem
+            if await nodes.drain_itself(connection, node.name, node.incarnation, problem):
+                structlog.get_logger().warning("node_drains_itself", node=node.name, reason=problem)
+        elif await nodes.resume_itself(connection, node.name, node.incarnation):
+            structlog.get_logger().info("node_resumes_itself", node=node.name)
+        node.trouble = problem
+    return 0
+
+
+def _probe(node: Node) -> str | None:
+    """What is wrong with the places that a job needs, in words; None when a file of some size can be written."""
+    for folder in (node.settings.scripts_dir, node.settings.work_base_dir):
+        probe = folder / f".probe-{os.getpid()}"
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        except OSError as error:
+            return f"{folder}: {error.strerror}"
+        finally:
+            probe.unlink(missing_ok=True)
+    return None
+
+
+async def end_after_silence_once(node: Node) -> int:
+    """End jobs whose requeue was granted once PostgreSQL has been silent for REQUEUE_AFTER: by then others may go on.
+
+    By a monotonic clock, counted from the last heartbeat that was answered. Jobs without a granted requeue run on.
+    """
+    if asyncio.get_running_loop().time() - node.heard < node.settings.requeue_after:
+        return 0
+    for run in node.runs.values():
+        if run.spec.requeue and not run.stopped.is_set():
+            structlog.get_logger().warning("job_ended_in_silence", job_id=run.spec.job_id, attempt=run.spec.attempt)
+            run.stopped.set()
+    return 0

@@ -1,0 +1,245 @@
+"""The keeper: the parent of a worker, so that jobs outlive it.
+
+::
+
+    rowlock worker            launcher: what the service manager sees; ends when the worker has ended for good
+    └── keeper                this loop: starts the worker again when it dies; may linger until its last job ended
+        └── worker            asyncio, services/worker/serve.py: in normal operation the parent of its scripts
+            └── scripts
+
+When the worker dies, its scripts, and whatever escaped from them, dead or alive, fall to the keeper, which is
+a subreaper: it reaps them with the status as the kernel gives it, and before that writes one record for every
+session leader that bears a tag (spool.py). The next worker finds its jobs by their tags and takes the status
+from the record. A record that cannot be written (a full disk) is tried again: until then the process stays
+unreaped, and its status in the kernel.
+
+It needs no database and no settings, imports the standard library alone, and is small enough to never change.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from services.worker import proc
+from services.worker.spool import Leader, Spool
+
+KEEPER_VARIABLE: Final = "ROWLOCK_KEEPER"
+"""In the worker's environment: `PID:DESCRIPTOR`, the keeper and the pipe on which it wants the spool's path."""
+
+EXIT_SETTINGS: Final = 2
+EXIT_REPLACED: Final = 3
+"""The worker's exit code when another one is this node's now: starting it again would be a quarrel."""
+
+FIRST_DELAY: Final = 0.1
+LONGEST_DELAY: Final = 10.0
+STEADY_SECONDS: Final = 30.0
+PAUSE_SECONDS: Final = 1.0
+"""How often it looks when nothing tells it to: for records that could not be written."""
+
+_STOPS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
+
+
+def launch(argv: Sequence[str]) -> int:
+    """Start a keeper with its worker, pass signals on, and return the worker's last exit code.
+
+    A process of its own, because the keeper may have to outlive it: a service manager waits for this one.
+    """
+    reading, writing = os.pipe()
+    keeper = os.fork()
+    if keeper == 0:
+        os.close(reading)
+        _run_keeper(argv, writing)
+    os.close(writing)
+    for number in _STOPS:
+        signal.signal(number, lambda number, _: os.kill(keeper, number))
+    answer = os.read(reading, 16)  # until the worker has ended for good, or the keeper was killed
+    if answer:
+        return int(answer)
+    print("rowlock worker: its keeper was killed; the worker itself goes on", file=sys.stderr)
+    return 1
+
+
+def _run_keeper(argv: Sequence[str], writing: int) -> None:
+    """What the forked process does; it never returns."""
+    code = 1
+    try:
+        os.setsid()
+        keeper = Keeper([sys.executable, "-m", "services.worker.serve", *argv])
+        code = keeper.keep()
+        os.write(writing, str(code).encode())
+        os.close(writing)
+        keeper.linger()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+class Keeper:
+    """The parent of one worker at a time, and of what earlier ones left."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = list(command)
+        self._worker = 0
+        self._told = -1
+        self._spool: Spool | None = None
+        self._file: Path | None = None
+        signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGCHLD))
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        _prctl(_PR_SET_NAME, ctypes.c_char_p(b"rowlock-keeper"))
+
+    def keep(self) -> int:
+        """Keep a worker running until it ends for good; its exit code. Stop signals are passed on to it."""
+        delay, stopping = FIRST_DELAY, False
+        while True:
+            began = time.monotonic()
+            self._start()
+            code, stopped = self._until_ended()
+            stopping = stopping or stopped
+            if stopping or code in (0, EXIT_SETTINGS, EXIT_REPLACED):
+                return code
+            if time.monotonic() - began > STEADY_SECONDS:
+                delay = FIRST_DELAY
+            print(f"rowlock worker {_how(code)}; its jobs go on, and it is started again", file=sys.stderr, flush=True)
+            if self._wait(delay):
+                return 0
+            delay = min(delay * 2, LONGEST_DELAY)
+
+    def linger(self) -> None:
+        """Keep what earlier workers left until nothing of it is left."""
+        self._detach()
+        self._look()
+        while proc.children(os.getpid()):
+            self._wait(PAUSE_SECONDS)
+            self._look()
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    def adopt(self, script_dir: Path) -> None:
+        """Keep the children that this very process had before it became a keeper."""
+        self._use(Spool(script_dir))
+
+    def _detach(self) -> None:
+        """Hold nothing that somebody could wait for: the terminal, a pipe to whoever started us."""
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(null, number)
+        os.close(null)
+
+    def _start(self) -> None:
+        reading, writing = os.pipe()
+        os.set_inheritable(writing, True)
+        environment = {**os.environ, KEEPER_VARIABLE: f"{os.getpid()}:{writing}"}
+        self._worker = os.posix_spawn(self._command[0], self._command, environment, setsigmask=())
+        os.close(writing)
+        os.set_blocking(reading, False)
+        self._told = reading
+
+    def _until_ended(self) -> tuple[int, bool]:
+        """Look after everything until the worker has ended: its exit code or minus its signal, and whether told to."""
+        stopped, code = False, None
+        while code is None:
+            if number := self._wait(PAUSE_SECONDS):
+                stopped = True
+                with suppress(ProcessLookupError):
+                    os.kill(self._worker, number)
+            self._hear()
+            code = self._look()
+        self._hear()
+        os.close(self._told)
+        return code, stopped
+
+    def _wait(self, seconds: float) -> int:
+        """Wait for a signal; its number when it is one that means stop, else 0."""
+        info = signal.sigtimedwait((*_STOPS, signal.SIGCHLD), seconds)
+        return info.si_signo if info is not None and info.si_signo in _STOPS else 0
+
+    def _hear(self) -> None:
+        """The worker says once where its spool is."""
+        with suppress(BlockingIOError):
+            if text := os.read(self._told, 4096):
+                self._use(Spool(Path(os.fsdecode(text))))
+
+    def _use(self, spool: Spool) -> None:
+        if self._spool != spool:
+            self._spool = spool
+            self._file = spool.add_keeper(os.getpid())
+
+    def _look(self) -> int | None:
+        """Reap what has died; the worker's exit code when it is among them."""
+        code = None
+        for pid in proc.children(os.getpid()):
+            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is None:
+                continue
+            status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+            if pid == self._worker:
+                code = status
+            elif not self._recorded(pid, status):
+                continue  # stays unreaped: its status is in the kernel
+            os.waitpid(pid, 0)
+        return code
+
+    def _recorded(self, pid: int, status: int) -> bool:
+        """Write the record of a dead process that may be a script; False when it has to be tried again."""
+        stat, tag = proc.read_stat(pid), proc.read_tag(pid)
+        if stat is None or tag is None or stat.session != pid or self._spool is None:
+            return True
+        try:
+            self._spool.write_record(tag, Leader(stat.start, pid), status)
+        except OSError:
+            return False
+        return True
+
+
+def _how(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def _prctl(option: int, value: object) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+@dataclass(slots=True)
+class _Mine:
+    """What a worker knows of its own keeper."""
+
+    pid: int = 0
+    script_dir: str = ""
+
+
+_mine = _Mine()
+
+
+def tell(script_dir: Path) -> None:
+    """In a worker: tell the keeper where records belong."""
+    pid, _, descriptor = os.environ.pop(KEEPER_VARIABLE, "").partition(":")
+    _mine.script_dir = os.fspath(script_dir)
+    if pid:
+        _mine.pid = int(pid)
+        with suppress(BrokenPipeError):
+            os.write(int(descriptor), os.fsencode(script_dir))
+        os.close(int(descriptor))
+
+
+def lives() -> bool:
+    """In a worker: whether its keeper is there to take over what it leaves."""
+    return _mine.pid == os.getppid()
+
+
+def become() -> None:
+    """Turn this very process, whose keeper was killed, into one that lingers: its children stay its children."""
+    os.execv(sys.executable, [sys.executable, "-m", "services.worker.keeper", _mine.script_dir])  # noqa: S606
+
+
+if __name__ == "__main__":
+    lingering = Keeper(())
+    lingering.adopt(Path(sys.argv[1]))
+    lingering.linger()

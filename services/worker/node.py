@@ -1,0 +1,194 @@
+"""The node: its registration, its lease, and what runs on it now."""
+
+import asyncio
+import fcntl
+import os
+import secrets
+import signal
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+
+import structlog
+
+from core import __version__
+from core.db import nodes, schema
+from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, Pool, describe, open_pool
+from core.errors import NodeNameTaken
+from core.records import Attempt, JobSpec, NodeSpec
+from core.settings import Settings
+from core.wakeup import Wakeup
+from services.worker.environment import Host
+from services.worker.file_server import FileServer
+from services.worker.launch import describe_host
+from services.worker.process import Script
+from services.worker.spool import Spool
+
+POOL_SIZE = 4
+LOCK_PAUSE_SECONDS = 0.05
+LOCK_PATIENCE_SECONDS = 5
+
+
+class Superseded(NodeNameTaken):
+    """A newer worker runs as this node: `elsewhere` when with another spool, so that our jobs are not its own."""
+
+    def __init__(self, text: str, *, elsewhere: bool) -> None:
+        super().__init__(text)
+        self.elsewhere = elsewhere
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """An attempt that this worker runs: from its start commit to the commit that ends it."""
+
+    spec: JobSpec
+    script: Script | None = None
+    started: float = 0.0
+    """Seconds that it had been running for when this worker began to wait for it."""
+    over: bool = False
+    """Its script has ended, or was never started: what is left is to report it."""
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    fenced: bool = False
+    lost: str | None = None
+    """Why nobody can tell whether it ran, for one that an earlier worker left."""
+
+    @property
+    def attempt(self) -> Attempt:
+        """What it is an attempt of."""
+        return Attempt(self.spec.job_id, self.spec.attempt)
+
+
+@dataclass(slots=True)
+class Node:
+    """What the duties of a worker share."""
+
+    settings: Settings
+    pool: Pool
+    host: Host
+    spool: Spool
+    incarnation: int
+    heard: float
+    """When PostgreSQL last answered a heartbeat, by the loop's clock."""
+    runs: dict[Attempt, Run] = field(default_factory=dict)
+    # A start and a look at the tables never overlap: a look taken before a start's commit knows nothing of it.
+    claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
+    draining: bool = False
+    trouble: str | None = None
+    """Why this node cannot start anything now, such as a full disk."""
+    released: Wakeup = field(default_factory=Wakeup)
+    look: Wakeup = field(default_factory=Wakeup)
+    beat: Wakeup = field(default_factory=Wakeup)
+    trouble_found: Wakeup = field(default_factory=Wakeup)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.settings.node_name
+
+
+async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExitStack) -> Node:
+    """Become the node's worker; what is opened for that is closed with `stack`. Raises NodeNameTaken."""
+    pool = await open_pool(settings, "worker", POOL_SIZE)
+    stack.callback(pool.terminate)
+    await schema.ensure(pool)
+    host, secret = describe_host(settings, identity), secrets.token_urlsafe(32)
+    server = FileServer(settings, host, pool, secret)
+    stack.push_async_callback(server.stop)
+    spec = describe_node(settings, host, await server.start(), secret)
+    incarnation = await register(pool, spec, settings)
+    stack.callback(os.close, await hold_spool(spool, 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS))
+    return Node(settings, pool, host, spool, incarnation, asyncio.get_running_loop().time())
+
+
+def describe_node(settings: Settings, host: Host, address: str, secret: str) -> NodeSpec:
+    """What this worker registers."""
+    return NodeSpec(
+        name=settings.node_name,
+        partitions=settings.partitions,
+        cpus=settings.total_cpus,
+        memory_mib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
+        work_base_dir=str(settings.work_base_dir),
+        job_user=host.user,
+        spool_id=host.spool_id,
+        hostname=host.hostname,
+        address=address,
+        secret=secret,
+        version=__version__,
+        grace_seconds=settings.kill_grace_seconds,
+        requeue_after_seconds=settings.requeue_after,
+    )
+
+
+async def hold_spool(spool: Spool, patience: float) -> int:
+    """Be the only worker of this spool: the descriptor that says so, to be kept open.
+
+    An older worker stops by itself once it hears of its successor. One that does not, frozen perhaps, is killed:
+    until it is gone nobody can tell whether it starts something. Its jobs go on, under its keeper.
+    """
+    descriptor = os.open(spool.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = asyncio.get_running_loop().time() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if asyncio.get_running_loop().time() > deadline:
+                _kill_holder(descriptor)
+            await asyncio.sleep(LOCK_PAUSE_SECONDS)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        else:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            return descriptor
+
+
+def _kill_holder(descriptor: int) -> None:
+    with suppress(ValueError, ProcessLookupError, PermissionError):
+        pid = int(os.pread(descriptor, 20, 0))
+        structlog.get_logger().warning("older_worker_killed", pid=pid)
+        os.kill(pid, signal.SIGKILL)
+
+
+async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> int:
+    """Register the node, waiting for PostgreSQL as long as it takes; answer the incarnation, or raise NodeNameTaken."""
+    log, said = structlog.get_logger(), ""
+    while True:
+        try:
+            async with pool.acquire() as connection, connection.transaction():
+                incarnation = await nodes.register(connection, spec, settings.lease_seconds)
+                holder = None if incarnation is not None else await nodes.holder(connection, spec.name)
+        except CONNECTION_ERRORS as error:
+            if (problem := describe(error)) != said:
+                log.warning("registration_waits", error=problem)
+                said = problem
+            await asyncio.sleep(RETRY_SECONDS)
+            continue
+        if incarnation is None:
+            raise NodeNameTaken(
+                f"NODE_NAME={spec.name} is held by a worker on {holder.hostname if holder else 'another host'}: give"
+                f" this worker a name of its own, or wait until that one's lease is over"
+            )
+        log.info("node_registered", node=spec.name, cpus=spec.cpus, incarnation=incarnation)
+        return incarnation
+
+
+async def heartbeat_once(node: Node) -> int:
+    """Prolong the lease, or raise Superseded when a newer worker holds it."""
+    asked = asyncio.get_running_loop().time()
+    async with node.pool.acquire() as connection:
+        current = await nodes.heartbeat(
+            connection,
+            node.name,
+            node.incarnation,
+            lease_seconds=node.settings.lease_seconds,
+            draining=node.draining,
+            cpu_load=os.getloadavg()[0],
+        )
+        holder = None if current else await nodes.holder(connection, node.name)
+    if not current:
+        elsewhere = holder is None or holder.spool_id != node.host.spool_id
+        raise Superseded(f"a newer worker runs as node {node.name}: this one stops", elsewhere=elsewhere)
+    node.heard = asked
+    return 0

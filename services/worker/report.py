@@ -1,0 +1,55 @@
+"""Report: the ends that piled up are written in one statement, however long PostgreSQL is away."""
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+
+from core.db import allocations, jobs, nodes
+from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, Connection, describe
+from core.records import Attempt, Ending
+from core.states import State
+from services.worker.node import Node
+
+BATCH = 500
+
+
+async def write_endings(node: Node, endings: Sequence[Ending]) -> list[bool]:
+    """End attempts and return their CPUs; False for one that was not current any more.
+
+    Tried until PostgreSQL says what became of each. A compare-and-set may be written again after a connection that
+    broke at the commit: what it does not find any more is read back. A worker that is not its node's any more writes
+    nothing, and nothing is over for it: the heartbeat ends it, and its successor finds everything as it is.
+    """
+    said, unsure = False, False
+    while True:
+        try:
+            async with node.pool.acquire() as connection:
+                ended = await allocations.release(
+                    connection, endings, node=node.name, before=State.RUNNING, incarnation=node.incarnation
+                )
+                refused = [e for e in endings if Attempt(e.job_id, e.attempt) not in ended]
+                if refused and unsure:
+                    ended |= await _written_before(connection, refused)
+                if not refused or await nodes.is_current(connection, node.name, node.incarnation):
+                    break
+            node.beat.set()
+        except CONNECTION_ERRORS as error:
+            unsure = True
+            if not said:
+                structlog.get_logger().warning("report_waits", jobs=len(endings), error=describe(error))
+                said = True
+        await asyncio.sleep(RETRY_SECONDS)
+    node.released.set()
+    return [Attempt(ending.job_id, ending.attempt) in ended for ending in endings]
+
+
+async def _written_before(connection: Connection, endings: Sequence[Ending]) -> set[Attempt]:
+    """Which endings a commit whose answer was lost has written: the job is over, in this attempt, in just this way."""
+    found = set()
+    for ending in endings:
+        job = await jobs.get(connection, ending.job_id)
+        told = (ending.attempt, ending.state, ending.exit_code, ending.signal)
+        if job is not None and (job.attempt, job.state, job.exit_code, job.signal) == told:
+            found.add(Attempt(ending.job_id, ending.attempt))
+    return found

@@ -1,0 +1,162 @@
+"""The asyncio worker: registers its node, consumes its stream, supervises scripts, serves their output."""
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack, suppress
+from typing import Any
+
+import structlog
+
+from core import role, streams
+from core.batch import Batcher
+from core.db import nodes
+from core.db.connection import CONNECTION_ERRORS, Pool, notify
+from core.duty import repeat
+from core.records import Ending
+from core.settings import Settings, without_secrets
+from core.wakeup import Wakeup
+from services.worker import claim, health, keeper, process, report
+from services.worker.loop import new_event_loop
+from services.worker.node import Node, Run, Superseded, heartbeat_once, join
+from services.worker.recover import recover
+from services.worker.spool import Spool
+from services.worker.supervise import supervise
+
+# What a stop may take beyond the jobs' own grace period: killing, sweeping, and the last report.
+STOP_SECONDS = 15
+TIDY_SECONDS = 30
+SILENCE_LOOK_SECONDS = 1
+NEVER_SECONDS = 3600
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Run this node until told to stop, then drain: nothing new starts. Jobs run on, unless END_JOBS says otherwise."""
+    process.become_subreaper()
+    settings.work_base_dir.mkdir(parents=True, exist_ok=True)
+    spool = Spool(settings.scripts_dir)
+    identity = spool.open()
+    keeper.tell(settings.scripts_dir)
+    async with AsyncExitStack() as stack:
+        node = await _unless(stop, join(settings, spool, identity, stack))
+        if node is not None:
+            await _work(node, stop)
+
+
+async def _unless(stop: asyncio.Event, doing: Coroutine[Any, Any, Any]) -> Any:
+    """What `doing` answers, or None when told to stop before."""
+    done, stopped = asyncio.ensure_future(doing), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((done, stopped), return_when=asyncio.FIRST_COMPLETED)
+        return await done if done.done() else None
+    finally:
+        for future in (done, stopped):
+            future.cancel()
+            with suppress(asyncio.CancelledError):
+                await future
+
+
+async def _work(node: Node, stop: asyncio.Event) -> None:
+    settings, poll = node.settings, node.settings.poll_seconds
+    reports: Batcher[Ending, bool] = Batcher(lambda endings: report.write_endings(node, endings), report.BATCH)
+    async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
+        client = streams.connect(settings)
+        stack.push_async_callback(client.aclose)
+        reader = streams.Reader(client, node.name)
+
+        supervisions: set[asyncio.Task[None]] = set()
+
+        def begin(run: Run) -> None:
+            node.runs[run.attempt] = run
+            task = group.create_task(supervise(node, run, reports))
+            supervisions.add(task)
+            task.add_done_callback(supervisions.discard)
+
+        lasting = [
+            repeat("heartbeat", lambda: _beat_once(node), node.beat, settings.heartbeat_seconds),
+            repeat("notify", lambda: _notify_once(node.pool), node.released, NEVER_SECONDS),
+            repeat("silence", lambda: health.end_after_silence_once(node), Wakeup(), SILENCE_LOOK_SECONDS),
+            repeat("tidy", _tidy_once, Wakeup(), TIDY_SECONDS),
+            reports.run(),
+        ]
+        duties = [group.create_task(duty) for duty in lasting]
+        starts = []
+        if await _unless(stop, recover(node, begin)):
+            starting = [
+                streams.name_when_away(client, without_secrets(settings.redis_dsn)),
+                repeat("consume", lambda: claim.consume_once(node, reader, begin), Wakeup(), poll),
+                repeat("look", lambda: claim.look_once(node, begin), node.look, poll),
+                repeat("health", lambda: health.look_once(node), node.trouble_found, settings.heartbeat_seconds),
+            ]
+            starts = [group.create_task(duty) for duty in starting]
+        await stop.wait()
+        node.draining = True
+        node.beat.set()
+        for task in starts:
+            task.cancel()
+        await _drain(node)
+        for task in [*duties, *supervisions]:
+            task.cancel()
+
+
+async def _beat_once(node: Node) -> int:
+    """Prolong the lease. A worker on another machine that took the name took the jobs, too: then they end here."""
+    try:
+        return await heartbeat_once(node)
+    except Superseded as taken:
+        if taken.elsewhere:
+            for run in node.runs.values():
+                run.fenced = True
+                run.stopped.set()
+            await _until_idle(node)
+        raise
+
+
+async def _drain(node: Node) -> None:
+    """What has ended is reported; what runs goes on, or gets SIGTERM and its grace period."""
+    log = structlog.get_logger()
+    ending = node.settings.end_jobs
+    log.info("worker_drains", jobs=len(node.runs), end_jobs=ending)
+    for run in node.runs.values():
+        if ending:
+            run.stopped.set()
+    try:
+        await _until_idle(node, all_of_them=ending)
+        async with asyncio.timeout(STOP_SECONDS), node.pool.acquire() as connection:
+            await nodes.give_up_lease(connection, node.name, node.incarnation)
+            await notify(connection)
+    except CONNECTION_ERRORS:
+        log.warning("lease_not_given_up", jobs=len(node.runs))
+    log.info("worker_drained", jobs_left_running=len(node.runs))
+
+
+async def _until_idle(node: Node, *, all_of_them: bool = True) -> None:
+    """Wait, not for ever, until no run is left, or none that has ended already."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(node.settings.kill_grace_seconds + STOP_SECONDS):
+            while any(all_of_them or run.over for run in node.runs.values()):
+                node.changed.clear()
+                await node.changed.wait()
+
+
+async def _tidy_once() -> int:
+    process.reap_orphans()
+    return 0
+
+
+async def _notify_once(pool: Pool) -> int:
+    async with pool.acquire() as connection:
+        await notify(connection)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the worker; answer the exit code. Where nobody keeps what runs on, this process does from now on."""
+    code = role.run("worker", serve, new_event_loop, argv)
+    if process.has_scripts() and not keeper.lives():
+        keeper.become()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What a node keeps on disk beside its scripts: who it is, who keeps its processes, how they ended.
+
+::
+
+    SCRIPT_DIR/job-7.1                     the script of attempt 1 of job 7, from before its start to after its end
+    SCRIPT_DIR/.spool/id                   the identity of this directory
+    SCRIPT_DIR/.spool/boot                 the boot (and PID namespace) that everything here belongs to
+    SCRIPT_DIR/.spool/keepers/START-PID    a keeper that lives, or was killed; one that ends in order removes it
+    SCRIPT_DIR/.spool/exits/TAG.START.PID  how a session leader with that tag ended, written before it is reaped
+
+Durable here means: survives the death of any process. Nothing is synced to disk: after a new boot nothing of
+this is believed. Only the standard library: the keeper uses this as well.
+"""
+
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from services.worker import proc
+
+_FOLDER: Final = ".spool"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a script ended; exactly one is set. A signal is named without SIG: ``KILL``, ``RTMIN+3``."""
+
+    exit_code: int | None
+    signal: str | None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Leader:
+    """A session leader: its start in clock ticks since boot, and its pid. The least of a tag is the script."""
+
+    start: int
+    pid: int
+
+
+def exit_of(returncode: int) -> Exit:
+    """An exit code, or minus the signal."""
+    return Exit(returncode, None) if returncode >= 0 else Exit(None, signal_name(-returncode))
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal without SIG."""
+    if signal.SIGRTMIN < number <= signal.SIGRTMAX:
+        return f"RTMIN+{number - signal.SIGRTMIN}"
+    try:
+        return signal.Signals(number).name.removeprefix("SIG")
+    except ValueError:
+        return str(number)
+
+
+@dataclass(frozen=True, slots=True)
+class Spool:
+    """The spool of one node, below its script directory."""
+
+    script_dir: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where everything but the scripts lies."""
+        return self.script_dir / _FOLDER
+
+    def open(self) -> str:
+        """Make it where it is missing; answer its identity."""
+        for folder in (self.script_dir, self.folder, self.folder / "keepers", self.folder / "exits"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _written_once(self.folder / "id", secrets.token_hex(16))
+
+    def is_of_this_boot(self) -> bool:
+        """Whether what is here belongs to the processes of this boot; also when it is new."""
+        here = proc.boot_identity()
+        return _written_once(self.folder / "boot", here) == here
+
+    def begin_boot(self) -> None:
+        """Forget whatever belongs to an earlier boot."""
+        for path in (*self.folder.glob("exits/*"), *self.folder.glob("keepers/*")):
+            path.unlink(missing_ok=True)
+        _replace(self.folder / "boot", proc.boot_identity())
+
+    def lost_keepers(self) -> list[Path]:
+        """The files of keepers that were killed: what they had to tell is lost."""
+        return [path for path in (self.folder / "keepers").iterdir() if not _lives(path.name)]
+
+    def record(self, tag: int, leader: Leader) -> Exit | None:
+        """How a session leader ended, if that is written."""
+        try:
+            word, number = self._record_path(tag, leader).read_text(encoding="ascii").split()
+        except FileNotFoundError:
+            return None
+        return exit_of(int(number) if word == "exited" else -int(number))
+
+    def recorded(self, tag: int) -> Iterator[Leader]:
+        """The session leaders with a tag whose ends are written."""
+        for path in (self.folder / "exits").glob(f"{tag:016x}.*"):
+            _, start, pid = path.name.split(".")
+            yield Leader(int(start), int(pid))
+
+    def recorded_tags(self) -> set[int]:
+        """Every tag that something is written of."""
+        return {int(path.name.partition(".")[0], 16) for path in (self.folder / "exits").iterdir()}
+
+    def remove_records(self, tag: int) -> None:
+        """Forget what is written of a tag: its job's end is committed."""
+        for leader in self.recorded(tag):
+            self._record_path(tag, leader).unlink(missing_ok=True)
+
+    def write_record(self, tag: int, leader: Leader, returncode: int) -> None:
+        """Write how a session leader ended, whole or not at all. Raises OSError, of a full disk for instance."""
+        text = f"killed {-returncode}" if returncode < 0 else f"exited {returncode}"
+        _replace(self._record_path(tag, leader), text)
+
+    def add_keeper(self, pid: int) -> Path:
+        """Say that this process keeps processes from now on; the file is to be removed when it keeps none."""
+        stat = proc.read_stat(pid)
+        path = self.folder / "keepers" / f"{stat.start if stat else 0}-{pid}"
+        path.touch(mode=0o600)
+        return path
+
+    def _record_path(self, tag: int, leader: Leader) -> Path:
+        return self.folder / "exits" / f"{tag:016x}.{leader.start}.{leader.pid}"
+
+
+def _lives(keeper: str) -> bool:
+    start, _, pid = keeper.partition("-")
+    stat = proc.read_stat(int(pid))
+    return stat is not None and not stat.dead and stat.start == int(start)
+
+
+def _written_once(path: Path, text: str) -> str:
+    """The text of a file that is written by whoever comes first."""
+    if not path.exists():
+        fresh = _fresh(path, text)
+        with suppress(FileExistsError):
+            os.link(fresh, path)
+        fresh.unlink()
+    return path.read_text(encoding="ascii").strip()
+
+
+def _replace(path: Path, text: str) -> None:
+    _fresh(path, text).replace(path)
+
+
+def _fresh(path: Path, text: str) -> Path:
+    """A file beside the folders that are listed, on the same disk."""
+    fresh = path.parents[path.parent.name == "exits"] / f"fresh-{path.name}.{os.getpid()}"
+    try:
+        fresh.write_text(text, encoding="ascii")
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
+    return fresh

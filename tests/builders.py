@@ -1,0 +1,112 @@
+"""Builders of what the tests speak of, and short ways into the tables: always over the real statements."""
+
+from dataclasses import replace
+from typing import Any
+
+from core.db import allocations, jobs, nodes, pending
+from core.db.connection import Connection
+from core.policy import plan
+from core.records import Attempt, Ending, JobSpec, NewJob, NodeSpec, Placement
+from core.states import Reason, State
+from services.scheduler.allocate import room
+
+SCRIPT = "#!/bin/sh\ntrue\n"
+
+
+def a_job(cpus: int = 1, **changes: Any) -> NewJob:
+    """A job of one task with `cpus` CPUs."""
+    plain = NewJob(
+        name="job",
+        account="test",
+        partition="default",
+        tasks=1,
+        cpus_per_task=cpus,
+        memory_mib=None,
+        time_limit_seconds=None,
+        requeue=False,
+        script=SCRIPT,
+        environment={},
+        current_working_directory=None,
+        standard_output="slurm-%j.out",
+        standard_error=None,
+        comment=None,
+        cpus_per_task_given=True,
+        tasks_per_node_given=False,
+    )
+    return replace(plain, **changes)
+
+
+def a_node(name: str = "n1", cpus: int = 4, **changes: Any) -> NodeSpec:
+    """A node of the partition `default`."""
+    plain = NodeSpec(
+        name=name,
+        partitions=("default",),
+        cpus=cpus,
+        memory_mib=1024,
+        work_base_dir="/jobs",
+        job_user="nobody",
+        spool_id=f"spool of {name}",
+        hostname="here",
+        address="http://127.0.0.1:1",
+        secret="of the node",  # noqa: S106
+        version="0",
+        grace_seconds=1,
+        requeue_after_seconds=60,
+    )
+    return replace(plain, **changes)
+
+
+def an_ending(attempt: Attempt, state: State = State.COMPLETED) -> Ending:
+    """The end of an attempt with what its state asks for."""
+    exit_code = {State.COMPLETED: 0, State.TIMEOUT: 1, State.FAILED: 1}.get(state)
+    return Ending(attempt.job_id, attempt.attempt, state, Reason.NONE, exit_code=exit_code)
+
+
+async def submit(connection: Connection, *wanted: NewJob) -> list[int]:
+    """Store jobs; answer their numbers."""
+    return [job_id for job_id, _ in await jobs.insert(connection, wanted or [a_job()])]
+
+
+async def register(connection: Connection, spec: NodeSpec | None = None, *, lease_seconds: float = 3600) -> int:
+    """Register a node's worker; answer its incarnation."""
+    async with connection.transaction():
+        incarnation = await nodes.register(connection, spec or a_node(), lease_seconds)
+    assert incarnation is not None
+    return incarnation
+
+
+async def allocate(connection: Connection) -> list[Attempt]:
+    """One pass over all that waits; answer what got CPUs."""
+    async with connection.transaction():
+        free = await nodes.lock_free(connection)
+        waiting = await pending.heads(connection, room(free), 1000)
+        placed = await allocations.place(connection, plan(waiting, free))
+    return [Attempt(job.job_id, job.attempt) for job in placed]
+
+
+async def give(connection: Connection, job_id: int, node: str = "n1", cpus: int = 1) -> Attempt:
+    """Give one job the CPUs of a node, whatever else waits."""
+    async with connection.transaction():
+        await nodes.lock_free(connection)
+        [placed] = await allocations.place(connection, [Placement(job_id, node, cpus)])
+    return Attempt(placed.job_id, placed.attempt)
+
+
+async def start(connection: Connection, *attempts: Attempt, node: str = "n1", incarnation: int = 1) -> list[JobSpec]:
+    """Start attempts on behalf of a node's worker."""
+    return await jobs.start(connection, attempts, node=node, incarnation=incarnation)
+
+
+async def finish(
+    connection: Connection, *attempts: Attempt, node: str = "n1", incarnation: int = 1, state: State = State.COMPLETED
+) -> set[Attempt]:
+    """End running attempts on behalf of a node's worker."""
+    endings = [an_ending(attempt, state) for attempt in attempts]
+    return await allocations.release(connection, endings, node=node, before=State.RUNNING, incarnation=incarnation)
+
+
+async def state_of(connection: Connection, job_id: int) -> State:
+    """The state of a job."""
+    job = await jobs.get(connection, job_id)
+    assert job is not None
+    return job.state

@@ -1,0 +1,229 @@
+"""Output files below allowed folders, scripts and their interpreters; no symbolic link is followed."""
+
+import fcntl
+import itertools
+import os
+import socket
+import stat
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from services.worker import files
+from services.worker.files import FileRefused
+from services.worker.process import LaunchFailed
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+def put(root: Path, path: Path, text: str, *, append: bool = False) -> None:
+    with os.fdopen(files.open_output([root], path, append=append), "w") as file:
+        file.write(text)
+
+
+def test_missing_folders_are_made(root: Path) -> None:
+    put(root, root / "a/b/out", "x")
+    assert (root / "a/b/out").read_text() == "x"
+
+
+def test_truncates_or_appends(root: Path) -> None:
+    path = root / "out"
+    put(root, path, "one")
+    put(root, path, "two", append=True)
+    assert path.read_text() == "onetwo"
+    put(root, path, "three")
+    assert path.read_text() == "three"
+
+
+def test_the_job_gets_an_ordinary_descriptor(root: Path) -> None:
+    fd = files.open_output([root], root / "out", append=False)
+    try:
+        assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+        assert not os.get_inheritable(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "relative", "/", "{root}/../outside/x", "{root}", "{root}x/y"])
+def test_outside_is_refused(root: Path, path: str) -> None:
+    with pytest.raises(FileRefused):
+        files.open_output([root], Path(path.format(root=root)), append=False)
+    with pytest.raises(FileRefused):
+        files.open_for_reading([root], Path(path.format(root=root)))
+    assert not list((root.parent / "outside").iterdir())
+
+
+@pytest.mark.parametrize("path", ["link/x", "link/new/x", "file-link", "dangling", "loop/x"])
+def test_links_are_not_followed(root: Path, path: str) -> None:
+    outside = root.parent / "outside"
+    (outside / "secret").write_text("secret")
+    (root / "link").symlink_to(outside)
+    (root / "file-link").symlink_to(outside / "secret")
+    (root / "dangling").symlink_to(outside / "new")
+    (root / "loop").symlink_to(root / "loop")
+    with pytest.raises(FileRefused, match="symbolic link"):
+        files.open_output([root], root / path, append=False)
+    with pytest.raises(FileRefused):
+        files.open_for_reading([root], root / path)
+    with pytest.raises(FileRefused):
+        files.make_directory([root], root / path)
+    assert [p.name for p in outside.iterdir()] == ["secret"]
+    assert (outside / "secret").read_text() == "secret"
+
+
+def test_a_root_may_be_a_link_itself(root: Path) -> None:
+    alias = root.parent / "alias"
+    alias.symlink_to(root)
+    put(alias, alias / "one", "x")
+    put(alias, root / "two", "x")
+    assert sorted(p.name for p in root.iterdir()) == ["one", "two"]
+
+
+def test_a_folder_swapped_for_a_link_is_never_followed(root: Path) -> None:
+    outside, folder, stop = root.parent / "outside", root / "d", threading.Event()
+
+    def swap() -> None:
+        for turn in itertools.count():
+            if stop.is_set():
+                return
+            with suppress(OSError):
+                folder.rename(root / f"d{turn}")
+            with suppress(OSError):
+                folder.symlink_to(outside)
+            with suppress(OSError):
+                folder.unlink()
+
+    attacker = threading.Thread(target=swap)
+    attacker.start()
+    try:
+        for _ in range(2000):
+            try:
+                os.close(files.open_output([root], folder / "out", append=False))
+            except (FileRefused, FileNotFoundError):
+                continue
+    finally:
+        stop.set()
+        attacker.join()
+    assert not list(outside.iterdir())
+
+
+def test_only_regular_files(root: Path) -> None:
+    os.mkfifo(root / "fifo")
+    (root / "folder").mkdir()
+    here = os.getcwd()
+    with socket.socket(socket.AF_UNIX) as listener:
+        os.chdir(root)  # the path of a socket is short
+        try:
+            listener.bind("socket")
+        finally:
+            os.chdir(here)
+        for name in ("fifo", "folder", "socket"):
+            with pytest.raises(FileRefused, match=name):
+                files.open_output([root], root / name, append=False)
+            with pytest.raises(FileRefused, match=name):
+                files.open_for_reading([root], root / name)
+
+
+def test_a_fifo_with_a_reader_is_refused_as_well(root: Path) -> None:
+    os.mkfifo(root / "fifo")
+    reader = os.open(root / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(FileRefused, match="FIFO"):
+            files.open_output([root], root / "fifo", append=False)
+    finally:
+        os.close(reader)
+
+
+def test_the_null_device_is_allowed_by_its_name_only(root: Path) -> None:
+    os.close(files.open_output([root], Path("/dev/null"), append=False))
+    with pytest.raises(FileRefused):
+        files.open_output([root], Path("/dev/zero"), append=False)
+
+
+def test_a_full_or_missing_disk_is_no_refusal(root: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        files.open_for_reading([root], root / "missing/out")
+    with pytest.raises(OSError, match="too long"):
+        files.open_output([root], root / ("x" * 300), append=False)
+
+
+def test_no_descriptor_is_lost(root: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    (root / "link").symlink_to("/etc")
+    for path in (root / "a/b/c", root / "link/x", root / "link", Path("/etc/passwd")):
+        try:
+            os.close(files.open_output([root], path, append=False))
+        except FileRefused:
+            continue
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_make_directory(root: Path) -> None:
+    files.make_directory([root], root / "a/b")
+    files.make_directory([root], root / "a/b")
+    files.make_directory([root], root)
+    assert (root / "a/b").is_dir()
+
+
+def test_scripts(tmp_path: Path) -> None:
+    folder = tmp_path / "deep/scripts"
+    path = files.write_script(folder, 7, 1, "#!/bin/sh\r\necho é\n")
+    assert path.read_bytes() == "#!/bin/sh\r\necho é\n".encode()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode) == 0o700
+    target = tmp_path / "target"
+    target.write_text("kept")
+    path.unlink()
+    path.symlink_to(target)
+    assert files.write_script(folder, 7, 1, "#!/bin/sh\n") == path
+    assert target.read_text() == "kept"
+    assert not path.is_symlink()
+    files.remove_script(folder, 7, 1)
+    files.remove_script(folder, 7, 1)
+    assert not list(folder.iterdir())
+
+
+def test_a_script_folder_that_others_write_in_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(FileRefused, match="other users"):
+        files.write_script(tmp_path, 7, 1, "#!/bin/sh\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("#!/bin/sh", ["/bin/sh", "/s"]),
+        ("#!  /bin/sh\t", ["/bin/sh", "/s"]),
+        ("#!/bin/sh -e  -u ", ["/bin/sh", "-e  -u", "/s"]),
+        ("#! /usr/bin/env bash", ["/usr/bin/env", "bash", "/s"]),
+        ("#!/bin/sh\t-x", ["/bin/sh", "-x", "/s"]),
+    ],
+)
+def test_interpreters(line: str, command: list[str]) -> None:
+    assert files.command_for(Path("/s"), f"{line}\necho\n") == command
+    assert files.command_for(Path("/s"), line) == command
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("echo", "begin with"),
+        ("#!", "no interpreter"),
+        ("#! \t\necho", "no interpreter"),
+        ("#!/bin/sh\r\n", "carriage return"),
+        ("#!bash\n", "absolute"),
+        ("#!/no/such/shell\n", "does not exist"),
+        ("#!/etc/passwd\n", "may not be executed"),
+        ("#!/bin\n", "does not exist"),
+        ("#!/bin/sh " + "x" * 300, "longer than"),
+    ],
+)
+def test_no_interpreter(text: str, why: str) -> None:
+    with pytest.raises(LaunchFailed, match=why):
+        files.command_for(Path("/s"), text)

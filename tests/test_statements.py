@@ -1,0 +1,317 @@
+"""Every statement fits the real schema; the hot ones never read a whole table; changes of state are HOT updates."""
+
+import ast
+import inspect
+import json
+import pkgutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from importlib import import_module
+from random import Random
+from types import ModuleType
+from typing import Any
+
+import asyncpg
+import pytest
+
+import core.db
+from core.db import allocations, audit, jobs, nodes, pending
+from core.db.connection import SESSION
+from core.policy import plan
+from core.records import Attempt, Capacity, Dispatch, Ending, Placement, Waiting
+from core.states import Reason, State
+from services.scheduler import lead
+from services.scheduler.allocate import BATCH, room
+from tests.builders import a_job, a_node, allocate, finish, register, start, submit
+from tests.conftest import Databases
+
+pytestmark = pytest.mark.anyio
+
+VERBS = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH")
+
+
+def modules() -> list[ModuleType]:
+    found = [import_module(f"core.db.{info.name}") for info in pkgutil.iter_modules(core.db.__path__) if not info.ispkg]
+    return [*found, lead]
+
+
+def is_statement(name: str, value: object) -> bool:
+    return name.isupper() and isinstance(value, str) and value.split(maxsplit=1)[:1] in [[verb] for verb in VERBS]
+
+
+def statements() -> dict[str, str]:
+    """Every statement of core/db, by where it stands."""
+    return {
+        **{
+            f"{module.__name__}.{name}": value
+            for module in modules()
+            for name, value in vars(module).items()
+            if is_statement(name, value)
+        },
+        **{f"core.db.audit: {name}": query for name, query in audit.INVARIANTS.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+async def full(databases: Databases) -> AsyncIterator[asyncpg.Connection]:
+    """A database in which 100,000 jobs wait, 20,000 have ended and every node is full."""
+    name = await databases.create()
+    connection = await asyncpg.connect(databases.url_of(name), server_settings=SESSION)
+    await connection.execute("SET statement_timeout = 0")
+    await connection.execute(FILL)
+    await connection.execute("VACUUM ANALYZE")
+    yield connection
+    assert await audit.audit(connection) == []
+    await connection.close()
+    await databases.drop(name)
+
+
+FILL = """
+INSERT INTO nodes (name, partitions, declared_cpus, cpus, alloc_cpus, memory_mib, work_base_dir, job_user)
+SELECT 'n' || i, '{default}', 64, 64, 64, 1024, '/jobs', 'nobody' FROM generate_series(1, 8) AS i;
+
+INSERT INTO node_leases (node, incarnation, spool_id, hostname, heartbeat_time, lease_until, address, secret, version,
+                         grace_seconds, requeue_after_seconds)
+SELECT name, 1, name, 'here', now(), now() + interval '1 hour', 'http://127.0.0.1:1', 's', '0', 1, 60 FROM nodes;
+
+-- The oldest 20,000 are over, 512 hold CPUs, the rest waits.
+INSERT INTO jobs (name, account, partition, tasks, cpus_per_task, cpus, requeue)
+SELECT 'job', 'account' || i % 10, 'default', 1, 1 + i % 4, 1 + i % 4, false
+FROM generate_series(1, 120512) AS i ORDER BY i;
+
+UPDATE jobs SET state = 'COMPLETED', attempt = 1, node = 'n1', start_time = now(), end_time = now(), exit_code = 0
+WHERE job_id <= 20000;
+UPDATE jobs SET state = CASE WHEN job_id % 2 = 0 THEN 'RUNNING' ELSE 'CONFIGURING' END, attempt = 1, cpus = 1,
+                cpus_per_task = 1, node = 'n' || 1 + job_id % 8,
+                start_time = CASE WHEN job_id % 2 = 0 THEN now() END
+WHERE job_id BETWEEN 20001 AND 20512;
+
+INSERT INTO allocations (job_id, node, attempt, cpus, dispatched_time)
+SELECT job_id, node, 1, cpus, CASE WHEN job_id % 3 > 0 THEN now() END FROM jobs
+WHERE state IN ('RUNNING', 'CONFIGURING');
+INSERT INTO job_specs (job_id, script, environment, standard_output, cpus_per_task_given, tasks_per_node_given)
+SELECT job_id, '#!/bin/sh', '{}', 'slurm-%j.out', true, false FROM jobs;
+INSERT INTO pending (partition, cpus, job_id) SELECT partition, cpus, job_id FROM jobs WHERE state = 'PENDING';
+INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, 0, state, 'None' FROM jobs;
+"""
+
+
+# Each constant
+
+
+def test_the_statements_are_found() -> None:
+    names = set(statements())
+    assert {"core.db.allocations._PLACE", "core.db.schema._VERSION", "services.scheduler.lead._PROBE"} <= names
+    assert len([name for name in names if name.startswith("core.db.")]) >= 30
+
+
+def test_a_statement_is_written_down_not_built() -> None:
+    """A plain literal, right above the one function that runs it."""
+    for module in modules():
+        tree = ast.parse(inspect.getsource(module))
+        for node in tree.body:
+            if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+                continue
+            name = node.targets[0].id
+            if is_statement(name, getattr(module, name)):
+                assert isinstance(node.value, ast.Constant), f"{module.__name__}.{name} is built"
+                assert name.startswith("_"), f"{module.__name__}.{name} is for its module alone"
+                users = [f.name for f in tree.body if isinstance(f, ast.AsyncFunctionDef) and name in names_in(f)]
+                assert len(users) == 1, f"{module.__name__}.{name} is run by {users}"
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+async def test_every_statement_fits_the_schema(connection: asyncpg.Connection) -> None:
+    for where, text in statements().items():
+        try:
+            await connection.prepare(text)
+        except asyncpg.PostgresError as error:
+            pytest.fail(f"{where}: {error}")
+
+
+# Plans
+
+
+class Recorder:
+    """Stands where a connection does, and keeps what would be run."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str, tuple[object, ...]]] = []
+
+    async def fetch(self, text: str, *arguments: object) -> list[object]:
+        self.ran.append((text, arguments))
+        return []
+
+    async def fetchval(self, text: str, *arguments: object) -> None:
+        self.ran.append((text, arguments))
+
+    fetchrow = execute = fetchval
+
+
+WAITING = range(20_513, 120_513)
+HELD = range(20_001, 20_513)
+
+
+def attempts(count: int) -> list[Attempt]:
+    return [Attempt(job_id, 1) for job_id in HELD[:count]]
+
+
+def endings(count: int) -> list[Ending]:
+    return [Ending(job_id, 1, State.COMPLETED, Reason.NONE, exit_code=0) for job_id in HELD[:count]]
+
+
+Use = Callable[[Any, int], Awaitable[object]]
+
+HOT: dict[str, Use] = {
+    "insert": lambda c, n: jobs.insert(c, [a_job()] * n),
+    "get": lambda c, n: jobs.get(c, WAITING[n]),
+    "cancel_waiting": lambda c, n: jobs.cancel_waiting(c, WAITING[n]),
+    "request_cancel": lambda c, n: jobs.request_cancel(c, Attempt(WAITING[n], 1)),
+    "heads": lambda c, n: pending.heads(c, [("default", n, n)], BATCH),
+    "lock_free": lambda c, n: nodes.lock_free(c),
+    "place": lambda c, n: allocations.place(c, [Placement(job_id, "n1", 1) for job_id in WAITING[:n]]),
+    "undispatched": lambda c, n: allocations.undispatched(c, n),
+    "mark_dispatched": lambda c, n: allocations.mark_dispatched(c, [Dispatch(i, 1, "n1") for i in HELD[:n]]),
+    "forget_unclaimed": lambda c, n: allocations.forget_unclaimed(c, 10, n),
+    "start": lambda c, n: jobs.start(c, attempts(n), node="n1", incarnation=1),
+    "running": lambda c, n: jobs.running(c, attempts(n), node="n1", incarnation=1),
+    "release": lambda c, n: allocations.release(c, endings(n), node="n1", before=State.RUNNING, incarnation=1),
+    "of_node": lambda c, n: allocations.of_node(c, "n1"),
+    "stranded": lambda c, n: allocations.stranded(c, n),
+    "newest": lambda c, n: jobs.page(c, jobs.Filter(), newest_first=True, after=None, limit=n),
+    "oldest": lambda c, n: jobs.page(c, jobs.Filter(), newest_first=False, after=WAITING[n], limit=n),
+}
+
+LARGE = {"jobs", "pending", "job_specs", "job_events"}
+
+
+async def custom_plan(connection: asyncpg.Connection, text: str, arguments: Sequence[object]) -> Any:
+    """The plan for these very values: what a connection's first five runs get."""
+    [[document]] = await connection.fetch(f"EXPLAIN (FORMAT JSON) {text}", *arguments)
+    return json.loads(document)
+
+
+async def generic_plan(connection: asyncpg.Connection, text: str, arguments: Sequence[object]) -> Any:
+    """The plan for any values: what later runs may get."""
+    nulls = ", ".join("NULL" for _ in arguments)
+    async with connection.transaction():
+        await connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")
+        await connection.execute(f"PREPARE planned AS {text}")
+        [[document]] = await connection.fetch(f"EXPLAIN (FORMAT JSON) EXECUTE planned{f'({nulls})' if nulls else ''}")
+        await connection.execute("DEALLOCATE planned")
+    return json.loads(document)
+
+
+def scans(tree: Any) -> Iterator[str]:
+    """The tables that a plan reads from end to end."""
+    if isinstance(tree, list):
+        for branch in tree:
+            yield from scans(branch)
+    elif isinstance(tree, dict):
+        if tree.get("Node Type") == "Seq Scan":
+            yield tree["Relation Name"]
+        for branch in tree.values():
+            yield from scans(branch)
+
+
+@pytest.mark.parametrize("count", [1, 8, 500])
+@pytest.mark.parametrize("planned", [custom_plan, generic_plan])
+@pytest.mark.parametrize("name", HOT)
+async def test_a_hot_statement_reads_no_large_table(
+    full: asyncpg.Connection, name: str, planned: Any, count: int
+) -> None:
+    recorder = Recorder()
+    await HOT[name](recorder, count)
+    [(text, arguments)] = recorder.ran
+    found = await planned(full, text, arguments)
+    assert set(scans(found)) & LARGE == set(), json.dumps(found, indent=1)
+
+
+@pytest.mark.parametrize("free", [1, 3, 64, 1000])
+async def test_the_cost_of_a_pass_is_that_of_what_fits(full: asyncpg.Connection, free: int) -> None:
+    """Rows touched, not time: what waits behind is not read."""
+    recorder = Recorder()
+    await pending.heads(recorder, [("default", min(free, 64), free)], BATCH)  # type: ignore[arg-type]
+    [(text, arguments)] = recorder.ran
+    [[document]] = await full.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) {text}", *arguments)
+    answered = len(await pending.heads(full, [("default", min(free, 64), free)], BATCH))
+    shapes = 4
+    assert rows_read(json.loads(document)) <= answered + 3 * shapes
+
+
+def rows_read(tree: Any) -> float:
+    """The rows that a plan took from tables, in all its loops."""
+    if isinstance(tree, list):
+        return sum(map(rows_read, tree))
+    if not isinstance(tree, dict):
+        return 0
+    own = tree["Actual Rows"] * tree["Actual Loops"] if tree.get("Relation Name") else 0
+    return own + sum(rows_read(branch) for branch in tree.values())
+
+
+# What waits, by shape
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_the_heads_are_enough_for_the_whole_decision(connection: asyncpg.Connection, seed: int) -> None:
+    """What is decided with the oldest of each shape is what would be decided with all that waits."""
+    random = Random(seed)
+    partitions = ["batch", "big", "debug"]
+    wanted = [a_job(random.randint(1, 9), partition=random.choice(partitions)) for _ in range(120)]
+    ids = await submit(connection, *wanted)
+    everything = [Waiting(i, job.partition, job.cpus) for i, job in zip(ids, wanted, strict=True)]
+    for _ in range(5):
+        names = random.sample("abcdef", random.randint(0, 6))
+        free = [
+            Capacity(name, frozenset(random.sample(partitions, random.randint(1, 3))), random.randint(1, 20))
+            for name in names
+        ]
+        for limit in (1, 3, BATCH):
+            waiting = await pending.heads(connection, room(free), limit)
+            assert plan(waiting, free)[:limit] == plan(everything, free)[:limit]
+
+
+async def test_the_heads_are_the_oldest_of_each_shape_that_fits(connection: asyncpg.Connection) -> None:
+    cpus = [2, 1, 2, 9, 1, 1, 2, 4]
+    ids = await submit(connection, *(a_job(n) for n in cpus), a_job(1, partition="other"))
+    found = await pending.heads(connection, [("default", 4, 5)], BATCH)
+    # Of 5 free CPUs two jobs of 2 may be used, all of 1, one of 4; 9 fits no node.
+    assert [(job.job_id, job.cpus) for job in found] == [(ids[i], cpus[i]) for i in (0, 1, 2, 4, 5, 7)]
+
+
+# HOT updates
+
+
+async def updates(connection: asyncpg.Connection) -> tuple[int, int]:
+    """How many rows of jobs were updated since the statistics began, and how many of them without the indexes."""
+    await connection.execute("SELECT pg_stat_force_next_flush()")
+    row = await connection.fetchrow("SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'jobs'")
+    assert row is not None
+    return row[0], row[1]
+
+
+async def test_changes_of_state_are_hot_updates(connection: asyncpg.Connection) -> None:
+    """Of a few jobs, so that their page has room for what the fill factor is meant for."""
+    await register(connection, a_node("n1", 8))
+    await submit(connection, *[a_job()] * 8)
+    placed = await allocate(connection)
+    await start(connection, *placed)
+    for attempt in placed[:4]:
+        await jobs.request_cancel(connection, attempt)
+    await finish(connection, *placed)
+    assert await updates(connection) == (28, 28)
+
+
+async def test_no_index_stands_in_the_way_of_a_hot_update(connection: asyncpg.Connection) -> None:
+    """Neither a column that changes in a job's life nor a condition on one."""
+    indexed = await connection.fetch(
+        """SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
+           WHERE i.indrelid = 'jobs'::regclass"""
+    )
+    assert {row[0] for row in indexed} == {"job_id", "account", "name"}
+    conditions = await connection.fetchval(
+        "SELECT count(*) FROM pg_index WHERE indrelid = 'jobs'::regclass AND num_nonnulls(indpred, indexprs) > 0"
+    )
+    assert conditions == 0

@@ -1,0 +1,284 @@
+"""End to end over HTTP, every role a real process."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import redis.asyncio
+
+from core.client import Client, ClientError
+from core.settings import Settings
+from tests.system import LEDGER_SCRIPT, System, alive_with, most_held, read_ledger, running, until
+
+pytestmark = pytest.mark.anyio
+
+GUIDE_JOB = {"name": "migration-test", "account": "test", "cpus_per_task": 1, "ntasks_per_node": 1}
+GUIDE_SCRIPT = "#!/bin/bash\necho Migration successful!\nsleep 5"
+
+
+@pytest.fixture
+async def system(settings: Settings, tmp_path: Path) -> AsyncIterator[System]:
+    async with running(settings, tmp_path) as found:
+        yield found
+
+
+async def cpus_in_use(system: System) -> int:
+    return sum(node["alloc_cpus"] for node in await system.api.nodes())
+
+
+def events(path: Path, job_id: int) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if line.get("job_id") == job_id]
+
+
+async def test_the_guides_job(system: System) -> None:
+    script = GUIDE_SCRIPT.replace("sleep 5", "sleep 0.2")
+    submitted = await system.api.submit(GUIDE_JOB, script)
+    assert submitted["state"] == "PENDING"
+    job = await system.api.wait(submitted["job_id"])
+    assert (job["state"], job["exit_code"], job["signal"], job["state_reason"]) == ("COMPLETED", 0, None, "None")
+    assert await system.api.logs(job["job_id"]) == b"Migration successful!\n"
+    assert await system.api.script(job["job_id"]) == script
+    assert await cpus_in_use(system) == 0
+    logs = system.settings.log_dir
+    allocated = events(logs / "scheduler.log", job["job_id"])
+    assert [(e["event"], e["node"], e["cpus"]) for e in allocated] == [("job_allocated", "n1", 1)]
+
+    async def told() -> bool:
+        return len(events(logs / "worker.log", job["job_id"])) == 3
+
+    await until(told, "the worker's story of the job")
+    story = events(logs / "worker.log", job["job_id"])
+    assert [e["event"] for e in story] == ["job_started", "job_ended", "job_released"]
+    assert (story[1]["state"], story[1]["exit_code"]) == ("COMPLETED", 0)
+    assert [e["event"] for e in events(logs / "api.log", job["job_id"])] == ["job_submitted"]
+    assert not list((system.folder / "n1/data/scripts").glob("job-*"))
+
+
+async def test_mixed_jobs_never_hold_more_than_there_is(settings: Settings, tmp_path: Path) -> None:
+    """200 jobs through two APIs with two schedulers: what overlaps fits, all is used, each runs once."""
+    ledger, cpus, count = tmp_path / "ledger", 8, 200
+    luck = random.Random(7)
+    sizes = [luck.choice([1, 1, 2, 3, 4, 8]) for _ in range(count)]
+    async with running(settings, tmp_path, workers={"n1": cpus}, schedulers=2) as system:
+        async with Client(system.start_api("api-2")) as second:
+            await system.healthy(second)
+
+            async def post(number: int) -> int:
+                environment = {"LEDGER": str(ledger), "SECONDS_LONG": f"0.{luck.randint(1, 9):02}"}
+                job = {"account": "test", "cpus_per_task": sizes[number], "environment": environment}
+                return (await (system.api, second)[number % 2].submit(job, LEDGER_SCRIPT))["job_id"]
+
+            job_ids = await asyncio.gather(*map(post, range(count)))
+            jobs = [await system.api.wait(job_id) for job_id in job_ids]
+        assert {job["state"] for job in jobs} == {"COMPLETED"}
+        assert await cpus_in_use(system) == 0
+    entries = read_ledger(ledger)
+    assert Counter((e.what, e.job_id) for e in entries) == Counter(
+        (what, job_id) for job_id in job_ids for what in ("start", "end")
+    )
+    assert most_held(entries, "n1") == cpus
+
+
+async def test_ends_as_they_happened(system: System) -> None:
+    async def end_of(script: str) -> tuple[object, ...]:
+        job = await system.run(f"#!/bin/bash\nulimit -c 0\n{script}\n")
+        return job["state"], job["state_reason"], job["exit_code"], job["signal"]
+
+    assert await asyncio.gather(
+        *map(end_of, ("exit 0", "exit 137", "exit 1", "kill -9 $$", "kill -SEGV $$", "kill -TERM $$"))
+    ) == [
+        ("COMPLETED", "None", 0, None),
+        ("FAILED", "NonZeroExitCode", 137, None),
+        ("FAILED", "NonZeroExitCode", 1, None),
+        ("FAILED", "RaisedSignal", None, "KILL"),
+        ("FAILED", "RaisedSignal", None, "SEGV"),
+        ("FAILED", "RaisedSignal", None, "TERM"),
+    ]
+
+
+async def test_a_time_limit_ends_the_job_with_everything_it_started(system: System) -> None:
+    name = uuid4().hex
+    script = f"#!/bin/bash\nenv -i setsid bash -c 'exec -a {name} sleep 1000' &\ntrap '' TERM\nsleep 1000 & sleep 1000"
+    job = await system.run(script, time_limit=0.02, environment={"TEST_ID": name})
+    assert (job["state"], job["state_reason"]) == ("TIMEOUT", "TimeLimit")
+    assert (job["exit_code"], job["signal"]) in ((None, "KILL"), (None, "TERM"))
+    assert job["time_limit_seconds"] == 2
+    assert not alive_with(name)
+    assert await cpus_in_use(system) == 0
+
+
+async def test_cancel_of_a_running_job(system: System) -> None:
+    name = uuid4().hex
+    script = "#!/bin/bash\ntrap 'echo bye; exit 3' TERM\necho up\nwhile :; do sleep 0.05; done"
+    submitted = await system.api.submit({"account": "a", "environment": {"TEST_ID": name}}, script)
+    await system.says(submitted["job_id"], b"up")
+    first = await system.api.cancel(submitted["job_id"])
+    assert (first["state"], first["cancel_requested_time"] is None) in (("RUNNING", False), ("CANCELLED", False))
+    job = await system.api.wait(submitted["job_id"])
+    assert (job["state"], job["exit_code"], job["signal"]) == ("CANCELLED", 3, None)
+    assert (await system.api.logs(job["job_id"])).endswith(b"bye\n")
+    assert await system.api.cancel(job["job_id"]) == job
+    assert not alive_with(name)
+
+
+async def test_cancel_of_a_waiting_job_means_that_it_never_starts(system: System) -> None:
+    ledger = system.folder / "ledger"
+    environment = {"LEDGER": str(ledger), "SECONDS_LONG": "0"}
+    blocker = await system.api.submit({"account": "a", "cpus_per_task": 4}, "#!/bin/bash\nsleep 1000")
+    await system.state_is(blocker["job_id"], "RUNNING")
+    waiting = await system.api.submit({"account": "a", "environment": environment}, LEDGER_SCRIPT)
+    assert (await system.api.cancel(waiting["job_id"]))["state"] == "CANCELLED"
+    await system.api.cancel(blocker["job_id"])
+    await system.api.wait(blocker["job_id"])
+    last = await system.run(LEDGER_SCRIPT, environment=environment)
+    assert {entry.job_id for entry in read_ledger(ledger)} == {last["job_id"]}
+
+
+async def test_a_job_sees_its_own_environment_and_no_secret(system: System) -> None:
+    job = await system.run(
+        "#!/bin/bash\nenv -0 | sort -z | tr '\\0' '\\n'; pwd",
+        name="env",
+        tasks=2,
+        cpus_per_task=2,
+        memory_per_node="1G",
+        time_limit=5,
+        environment={"MINE": "1", "LANG": "de"},
+    )
+    lines = (await system.api.logs(job["job_id"])).decode().splitlines()
+    variables = dict(line.split("=", 1) for line in lines[:-1])
+    assert lines[-1] == job["current_working_directory"] == str(system.folder / f"n1/data/jobs/{job['job_id']}")
+    expected = {
+        "MINE": "1", "LANG": "de", "SLURM_JOB_ID": str(job["job_id"]), "SLURM_JOB_NAME": "env", "SLURM_NTASKS": "2",
+        "SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "4", "SLURM_MEM_PER_NODE": "1024", "SLURMD_NODENAME": "n1",
+        "SLURM_JOB_NODELIST": "n1", "ENVIRONMENT": "BATCH",
+    }  # fmt: skip
+    assert {key: variables.get(key) for key in expected} == expected
+    assert not {"DATABASE_URL", "REDIS_URL", "PYTHONPATH"} & variables.keys()
+    assert int(variables["SLURM_JOB_END_TIME"]) - int(variables["SLURM_JOB_START_TIME"]) == 300
+
+
+@pytest.mark.parametrize(
+    ("script", "job", "why"),
+    [
+        ("#!/no/such/shell\n", {}, "/no/such/shell does not exist"),
+        ("#!bash\n", {}, "absolute path"),
+        ("#!/bin/bash\n", {"current_working_directory": "link"}, "symbolic link"),
+        ("#!/bin/bash\n", {"standard_output": "/dev/null/x"}, None),
+    ],
+)
+async def test_a_script_that_cannot_be_started(
+    system: System, script: str, job: dict[str, object], why: str | None
+) -> None:
+    base = system.folder / "n1/data/jobs"
+    (base / "link").symlink_to("/")
+    if why is None:
+        with pytest.raises(ClientError, match="allowed folder"):
+            await system.run(script, **job)
+        return
+    ended = await system.run(script, **job)
+    assert (ended["state"], ended["state_reason"]) == ("FAILED", "JobLaunchFailure")
+    assert (ended["exit_code"], ended["signal"]) == (None, None)
+    assert why in (ended["state_description"] or "")
+    assert await cpus_in_use(system) == 0
+    assert (await system.run("#!/bin/bash\n"))["state"] == "COMPLETED"
+
+
+async def test_output_of_both_streams_while_it_runs(system: System) -> None:
+    script = "#!/bin/bash\necho out; echo err >&2\nwhile [ ! -e go ]; do sleep 0.02; done\nhead -c 3000000 /dev/zero"
+    submitted = await system.api.submit(
+        {"account": "a", "name": "x", "standard_output": "o/%x-%j.out", "standard_error": "e-%4j"}, script
+    )
+    job_id = submitted["job_id"]
+    await system.says(job_id, b"out")
+    assert await system.api.logs(job_id) == b"out\n"
+    assert await system.api.logs(job_id, "stderr") == b"err\n"
+    folder = system.folder / f"n1/data/jobs/{job_id}"
+    (folder / "go").touch()
+    job = await system.api.wait(job_id)
+    assert await system.api.logs(job_id) == b"out\n" + bytes(3_000_000)
+    assert await system.api.logs(job_id, offset=3_000_000) == bytes(4)
+    assert job["standard_output"] == str(folder / f"o/x-{job_id}.out")
+    assert job["standard_error"] == str(folder / f"e-{job_id:04}")
+
+
+async def test_two_nodes_run_what_fits_and_both_serve_their_output(settings: Settings, tmp_path: Path) -> None:
+    async with running(settings, tmp_path, workers={"n1": 1, "n2": 3}) as system:
+
+        async def run(cpus: int) -> tuple[list[str], bytes]:
+            job = await system.run("#!/bin/bash\necho $SLURMD_NODENAME; sleep 0.2", cpus_per_task=cpus)
+            return job["nodes"], await system.api.logs(job["job_id"])
+
+        ends = await asyncio.gather(*map(run, (3, 1, 1, 1, 1)))
+        assert ends[0] == (["n2"], b"n2\n")
+        assert {nodes[0] for nodes, _ in ends} == {"n1", "n2"}
+        assert all(output == f"{nodes[0]}\n".encode() for nodes, output in ends)
+        with pytest.raises(ClientError, match="has 3"):
+            await system.api.submit({"account": "a", "cpus_per_task": 4}, "#!/bin/bash\n")
+
+
+async def test_without_redis_jobs_run_all_the_same(settings: Settings, tmp_path: Path) -> None:
+    away = settings.model_copy(update={"redis_url": None, "redis_host": "127.0.0.1", "redis_port": 9})
+    async with running(away, tmp_path) as system:
+        assert (await system.run("#!/bin/bash\nexit 7"))["exit_code"] == 7
+        job = await system.api.submit({"account": "a"}, "#!/bin/bash\nsleep 1000")
+        await system.state_is(job["job_id"], "RUNNING")
+        await system.api.cancel(job["job_id"])
+        assert (await system.api.wait(job["job_id"]))["state"] == "CANCELLED"
+
+
+async def test_an_emptied_redis_costs_no_job(system: System) -> None:
+    client = redis.asyncio.Redis.from_url(system.settings.redis_dsn)
+    try:
+        job_ids = []
+        for number in range(20):
+            job_ids.append((await system.api.submit({"account": "a"}, f"#!/bin/bash\nexit {number}"))["job_id"])
+            if number % 5 == 0:
+                await client.delete("rowlock:node:n1")
+    finally:
+        await client.aclose()
+    assert [(await system.api.wait(job_id))["exit_code"] for job_id in job_ids] == list(range(20))
+
+
+async def test_a_node_whose_worker_is_gone_is_down_and_given_nothing(settings: Settings, tmp_path: Path) -> None:
+    quick = settings.model_copy(update={"heartbeat_seconds": 0.2, "lease_seconds": 1.0})
+    async with running(quick, tmp_path) as system:
+        for pid in alive_with(str(system.folder / "n1")):
+            os.kill(pid, signal.SIGKILL)
+        await system.node_is("n1", "DOWN")
+        job = await system.api.submit({"account": "a"}, "#!/bin/bash\nexit 4")
+        await asyncio.sleep(0)
+        assert (await system.api.job(job["job_id"]))["state"] == "PENDING"
+        system.start_worker("n1")
+        assert (await system.api.wait(job["job_id"]))["exit_code"] == 4
+
+
+async def test_roles_start_in_any_order_and_wait_for_their_servers(
+    databases: object, settings: Settings, tmp_path: Path
+) -> None:
+    """Everything is started against a port where nothing listens: each says which, and none ends."""
+    away = settings.model_copy(
+        update={"database_url": None, "postgres_host": "127.0.0.1", "postgres_port": 9, "postgres_user": "u"}
+    )
+    system = System(away, tmp_path)
+    try:
+        for role in ("worker", "scheduler", "api"):
+            system.start(role, API_PORT=0)
+        for role in ("worker", "scheduler", "api"):
+
+            async def said(role: str = role) -> bool:
+                path = tmp_path / f"{role}.err"
+                return path.exists() and "postgresql://127.0.0.1:9/rowlock" in path.read_text()
+
+            await until(said, f"{role} names the address")
+        assert all(child.alive for child in system.children)
+    finally:
+        await system.close()
+    assert [child.process.returncode for child in system.children] == [0, 0, 0]
