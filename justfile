@@ -96,7 +96,7 @@ scale n:
     }
     workers=()
     trap stop EXIT
-    trap exit INT TERM
+    trap 'exit 0' INT TERM
     for number in $(seq -f %02g {{n}}); do
         NODE_NAME=node-$number DATA_DIR={{data}}/nodes/node-$number LOG_DIR=${LOG_DIR:-logs}/node-$number \
             {{run}} rowlock worker &
@@ -106,4 +106,4 @@ scale n:
 
 # Renew the exact versions in pyproject.toml: all packages, for every platform and Python
 pins:
-    {{run}} python config/pins.py
+    UV='{{uv}}' {{run}} python config/pins.py

@@ -437,7 +437,7 @@ def test_orphans_of_a_running_job_are_reaped(job: Job) -> None:
 
 def test_children_of_ours_that_are_no_jobs_are_left_alone(job: Job) -> None:
     async def main() -> None:
-        with subprocess.Popen(["/bin/sleep", "1000"]) as other:
+        with subprocess.Popen(["/bin/sleep", "1000"]) as other:  # noqa: ASYNC220
             assert await job.run("setsid sleep 1000 &") == Exit(0, None)
             assert other.poll() is None
             other.terminate()

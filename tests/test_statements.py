@@ -279,6 +279,8 @@ async def test_the_heads_are_the_oldest_of_each_shape_that_fits(connection: asyn
     found = await pending.heads(connection, [("default", 4, 5)], BATCH)
     # Of 5 free CPUs two jobs of 2 may be used, all of 1, one of 4; 9 fits no node.
     assert [(job.job_id, job.cpus) for job in found] == [(ids[i], cpus[i]) for i in (0, 1, 2, 4, 5, 7)]
+    [exact] = await pending.heads(connection, [("default", 1, 1)], BATCH)
+    assert exact.job_id == ids[1]
 
 
 # HOT updates

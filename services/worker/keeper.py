@@ -209,21 +209,23 @@ def _prctl(option: int, value: object) -> None:
 
 @dataclass(slots=True)
 class _Mine:
-    """What a worker knows of its own keeper."""
+    """What a worker knows of its own keeper; without one it is its own."""
 
     pid: int = 0
     script_dir: str = ""
+    file: Path | None = None
 
 
 _mine = _Mine()
 
 
 def tell(script_dir: Path) -> None:
-    """In a worker: tell the keeper where records belong."""
+    """In a worker, before it starts anything: enter the keeper in the spool, and tell it where records belong."""
     pid, _, descriptor = os.environ.pop(KEEPER_VARIABLE, "").partition(":")
     _mine.script_dir = os.fspath(script_dir)
-    if pid:
-        _mine.pid = int(pid)
+    _mine.pid = int(pid or os.getpid())
+    _mine.file = Spool(script_dir).add_keeper(_mine.pid)
+    if descriptor:
         with suppress(BrokenPipeError):
             os.write(int(descriptor), os.fsencode(script_dir))
         os.close(int(descriptor))
@@ -234,8 +236,20 @@ def lives() -> bool:
     return _mine.pid == os.getppid()
 
 
-def become() -> None:
-    """Turn this very process, whose keeper was killed, into one that lingers: its children stay its children."""
+def leave(*, scripts: bool) -> None:
+    """In a worker that ends: see to it that somebody keeps the scripts that it leaves, if there are any."""
+    if scripts and not lives():
+        _become()
+    if _mine.pid == os.getpid() and _mine.file is not None:
+        _mine.file.unlink(missing_ok=True)
+
+
+def _become() -> None:
+    """Turn this very process, whose keeper was killed, into one that lingers: its children stay its children.
+
+    Its successor waits for the spool's lock, which the exec gives back: by then it must be known as a keeper.
+    """
+    Spool(Path(_mine.script_dir)).add_keeper(os.getpid())
     os.execv(sys.executable, [sys.executable, "-m", "services.worker.keeper", _mine.script_dir])  # noqa: S606
 
 

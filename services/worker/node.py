@@ -72,6 +72,8 @@ class Node:
     runs: dict[Attempt, Run] = field(default_factory=dict)
     # A start and a look at the tables never overlap: a look taken before a start's commit knows nothing of it.
     claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
+    uncertain: set[Attempt] = field(default_factory=set)
+    """What was running when it was found that a keeper had been killed: as long as some is left, that is remembered."""
     draining: bool = False
     trouble: str | None = None
     """Why this node cannot start anything now, such as a full disk."""
@@ -86,6 +88,20 @@ class Node:
         """The node's name."""
         return self.settings.node_name
 
+    def end(self, run: Run) -> None:
+        """The end of a run is committed, or was refused."""
+        del self.runs[run.attempt]
+        self.changed.set()
+        if run.attempt in self.uncertain:
+            self.uncertain.discard(run.attempt)
+            self.forget_lost_keepers()
+
+    def forget_lost_keepers(self) -> None:
+        """Once nothing is left that they kept, what they could have told does not matter any more."""
+        if not self.uncertain:
+            for path in self.spool.lost_keepers():
+                path.unlink(missing_ok=True)
+
 
 async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExitStack) -> Node:
     """Become the node's worker; what is opened for that is closed with `stack`. Raises NodeNameTaken."""
@@ -97,7 +113,7 @@ async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExit
     stack.push_async_callback(server.stop)
     spec = describe_node(settings, host, await server.start(), secret)
     incarnation = await register(pool, spec, settings)
-    stack.callback(os.close, await hold_spool(spool, 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS))
+    await hold_spool(spool, 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS)
     return Node(settings, pool, host, spool, incarnation, asyncio.get_running_loop().time())
 
 
@@ -120,8 +136,8 @@ def describe_node(settings: Settings, host: Host, address: str, secret: str) -> 
     )
 
 
-async def hold_spool(spool: Spool, patience: float) -> int:
-    """Be the only worker of this spool: the descriptor that says so, to be kept open.
+async def hold_spool(spool: Spool, patience: float) -> None:
+    """Be the only worker of this spool for as long as this process lives: only its end gives the lock back.
 
     An older worker stops by itself once it hears of its successor. One that does not, frozen perhaps, is killed:
     until it is gone nobody can tell whether it starts something. Its jobs go on, under its keeper.
@@ -141,7 +157,7 @@ async def hold_spool(spool: Spool, patience: float) -> int:
         else:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-            return descriptor
+            return
 
 
 def _kill_holder(descriptor: int) -> None:

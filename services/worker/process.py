@@ -135,6 +135,8 @@ class Adopted:
     record: Callable[[], Exit | None]
     """Its exit record, once there is one."""
     remove_records: Callable[[], None]
+    kept_by: Callable[[int], bool]
+    """Whether a process is a keeper, who will write the record of its dead child."""
 
     async def wait(self) -> Exit:
         """Wait for its end and its record. Raises ExitLost when there will be none."""
@@ -148,7 +150,7 @@ class Adopted:
         pause = _SHORTEST_PAUSE
         while (found := self.record()) is None:
             # The record is written before the process is reaped: gone without one is gone for good.
-            if not self._is_there() and self.record() is None:
+            if not self._is_kept() and self.record() is None:
                 raise ExitLost("its exit code is lost: the worker and its keeper were both killed")
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE)
@@ -174,6 +176,11 @@ class Adopted:
     def forget(self) -> None:
         """Remove its records."""
         self.remove_records()
+
+    def _is_kept(self) -> bool:
+        """Whether it is alive, or dead and somebody's who will write its record."""
+        stat = proc.read_stat(self.pid)
+        return stat is not None and stat.start == self.start and (not stat.dead or self.kept_by(stat.parent))
 
     def _is_there(self) -> bool:
         stat = proc.read_stat(self.pid)

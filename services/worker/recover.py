@@ -33,13 +33,14 @@ async def recover(node: Node, begin: Begin) -> bool:
     specs = await _running(node)
     same_boot, lost = node.spool.is_of_this_boot(), node.spool.lost_keepers()
     leaders = _leaders() if same_boot else {}
-    for spec in specs:
-        begin(_taken_over(node, spec, leaders, certain=same_boot and not lost, same_boot=same_boot))
+    runs = [_taken_over(node, spec, leaders, certain=same_boot and not lost, same_boot=same_boot) for spec in specs]
     _tidy(node, specs)
     if not same_boot:
         node.spool.begin_boot()
-    for path in lost:
-        path.unlink(missing_ok=True)
+    node.uncertain = set() if not lost else {run.attempt for run in runs}
+    node.forget_lost_keepers()
+    for run in runs:
+        begin(run)
     return True
 
 
@@ -83,6 +84,7 @@ def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, 
             mark(spec.job_id, spec.attempt, node.host.spool_id),
             record=partial(node.spool.record, tag, leader),
             remove_records=partial(node.spool.remove_records, tag),
+            kept_by=node.spool.keeps,
         )
         return Run(spec, script, started=proc.seconds_since(leader.start))
     if certain or (same_boot and not files.script_path(node.spool.script_dir, spec.job_id, spec.attempt).exists()):

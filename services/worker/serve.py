@@ -153,8 +153,7 @@ async def _notify_once(pool: Pool) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the worker; answer the exit code. Where nobody keeps what runs on, this process does from now on."""
     code = role.run("worker", serve, new_event_loop, argv)
-    if process.has_scripts() and not keeper.lives():
-        keeper.become()
+    keeper.leave(scripts=process.has_scripts())
     return code
 
 

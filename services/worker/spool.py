@@ -89,6 +89,10 @@ class Spool:
         """The files of keepers that were killed: what they had to tell is lost."""
         return [path for path in (self.folder / "keepers").iterdir() if not _lives(path.name)]
 
+    def keeps(self, pid: int) -> bool:
+        """Whether a process is one of the keepers."""
+        return any(path.name.endswith(f"-{pid}") and _lives(path.name) for path in (self.folder / "keepers").iterdir())
+
     def record(self, tag: int, leader: Leader) -> Exit | None:
         """How a session leader ended, if that is written."""
         try:
@@ -118,7 +122,7 @@ class Spool:
         _replace(self._record_path(tag, leader), text)
 
     def add_keeper(self, pid: int) -> Path:
-        """Say that this process keeps processes from now on; the file is to be removed when it keeps none."""
+        """Say that a process keeps others, before it does; the file is to be removed when it keeps none any more."""
         stat = proc.read_stat(pid)
         path = self.folder / "keepers" / f"{stat.start if stat else 0}-{pid}"
         path.touch(mode=0o600)

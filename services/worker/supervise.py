@@ -41,8 +41,7 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
     if run.script is not None:
         run.script.forget()
     files.remove_script(node.settings.scripts_dir, spec.job_id, spec.attempt)
-    del node.runs[run.attempt]
-    node.changed.set()
+    node.end(run)
     if not ended:
         log.warning("job_end_refused", state=ending.state)
         return

@@ -1,0 +1,195 @@
+"""Jobs outlive their worker: killed, stopped and replaced, with real keepers and real scripts."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from core.documents import JobDocument
+from core.settings import Settings
+from services.worker.proc import read_stat
+from services.worker.spool import Exit, Leader, Spool
+from tests.system import System, alive_with, cmdline, running, until
+
+pytestmark = pytest.mark.anyio
+
+WAITS = "#!/bin/bash\nulimit -c 0\necho up\nwhile [ ! -e go ]; do sleep 0.02; done\n"
+
+
+@pytest.fixture
+async def system(settings: Settings, tmp_path: Path) -> AsyncIterator[System]:
+    quick = settings.model_copy(update={"heartbeat_seconds": 0.5, "lease_seconds": 10.0})
+    async with running(quick, tmp_path, workers={"n1": 16}) as found:
+        yield found
+
+
+async def up(system: System, script: str, **job: object) -> int:
+    """Submit, and wait until the script itself has spoken."""
+    submitted = await system.api.submit({"account": "a", **job}, script)
+    await system.says(submitted["job_id"], b"up")
+    return submitted["job_id"]
+
+
+def kill_worker(system: System) -> None:
+    os.kill(system.worker_pid("n1"), signal.SIGKILL)
+
+
+def let_go(system: System, job_id: int) -> None:
+    (system.folder / f"n1/data/jobs/{job_id}/go").touch()
+
+
+async def ended(system: System, job_id: int) -> tuple[str, int | None, str | None]:
+    job: JobDocument = await system.api.wait(job_id, timeout_seconds=60)
+    return job["state"], job["exit_code"], job["signal"]
+
+
+async def new_worker(system: System, old: int) -> None:
+    async def changed() -> bool:
+        mine = [pid for pid in alive_with(str(system.folder / "n1")) if "services.worker.serve" in cmdline(pid)]
+        return bool(mine) and mine != [old]
+
+    await until(changed, "the keeper starts the worker again")
+
+
+async def test_kill_9_of_the_worker_changes_nothing_but_the_time(system: System) -> None:
+    ends = {"exit 137": ("FAILED", 137, None), "kill -9 $$": ("FAILED", None, "KILL"), "exit 0": ("COMPLETED", 0, None)}
+    jobs = {end: await up(system, WAITS + end) for end in ends}
+    for _ in range(3):
+        old = system.worker_pid("n1")
+        kill_worker(system)
+        await new_worker(system, old)
+    assert {(await system.api.job(job_id))["state"] for job_id in jobs.values()} == {"RUNNING"}
+    for job_id in jobs.values():
+        let_go(system, job_id)
+    assert {end: await ended(system, job_id) for end, job_id in jobs.items()} == ends
+    assert {(await system.api.job(job_id))["attempt"] for job_id in jobs.values()} == {1}
+    assert [node["alloc_cpus"] for node in await system.api.nodes()] == [0]
+    spool = Spool(system.folder / "n1/data/scripts")
+    assert not list((spool.folder / "exits").iterdir())
+
+
+async def test_a_job_that_ends_while_no_worker_is_alive(system: System) -> None:
+    """From the end of a worker to the start of the next, scripts end: exit code, signal and escapees are all known."""
+    name = uuid4().hex
+    escapes = f"env -i setsid bash -c 'exec -a {name} sleep 1000' & "
+    ends = {"exit 137": ("FAILED", 137, None), "kill -9 $$": ("FAILED", None, "KILL")}
+    jobs = {end: await up(system, WAITS + escapes + end) for end in ends}
+    limited = await up(system, "#!/bin/bash\necho up; sleep 1000", time_limit=0.04)
+    system.children[-1].process.send_signal(signal.SIGTERM)
+    await system.children[-1].wait()
+    assert {(await system.api.job(job_id))["state"] for job_id in jobs.values()} == {"RUNNING"}
+    for job_id in jobs.values():
+        let_go(system, job_id)
+    records = system.folder / "n1/data/scripts/.spool/exits"
+
+    async def recorded() -> bool:
+        return len(list(records.iterdir())) >= 2
+
+    await until(recorded, "the lingering keeper writes what it saw")
+    assert alive_with(name)
+    system.start_worker("n1", 16)
+    assert {end: await ended(system, job_id) for end, job_id in jobs.items()} == ends
+    assert (await ended(system, limited))[0] == "TIMEOUT"
+    assert not alive_with(name)
+    assert [node["alloc_cpus"] for node in await system.api.nodes()] == [0]
+
+    async def keeper_ended() -> bool:
+        return len(list((records.parent / "keepers").iterdir())) == 1
+
+    await until(keeper_ended, "the lingering keeper ends once it keeps nothing")
+
+
+async def test_a_killed_keeper_changes_nothing(system: System) -> None:
+    """The launcher ends and is started again, as a service manager would: the old worker turns into a keeper."""
+    job_id = await up(system, WAITS + "exit 42")
+    worker = system.worker_pid("n1")
+    stat = read_stat(worker)
+    assert stat is not None
+    os.kill(stat.parent, signal.SIGKILL)  # the keeper
+    assert await system.children[-1].wait() == 1
+    system.start_worker("n1", 16)
+
+    async def replaced() -> bool:
+        return "services.worker.keeper" in cmdline(worker)
+
+    await until(replaced, "the old worker lingers as a keeper")
+    let_go(system, job_id)
+    assert await ended(system, job_id) == ("FAILED", 42, None)
+
+
+async def test_keeper_and_worker_killed_together_end_the_job_once_nothing_is_left_of_it(system: System) -> None:
+    name = uuid4().hex
+    job_id = await up(system, WAITS, environment={"TEST_ID": name})
+    for pid in alive_with(str(system.folder / "n1")):
+        if "services.worker" in cmdline(pid):
+            os.kill(pid, signal.SIGKILL)
+    await system.children[-1].wait()
+    system.start_worker("n1", 16)
+
+    let_go(system, job_id)  # perhaps before it is adopted: its exit code is lost either way
+    job = await system.api.wait(job_id, timeout_seconds=60)
+    assert (job["state"], job["state_reason"], job["exit_code"]) == ("NODE_FAIL", "SystemFailure", None)
+    assert not alive_with(name)
+    assert (await system.api.logs(job_id)).count(b"up") == 1  # never a silent second run
+
+
+async def test_a_worker_that_is_replaced_hands_its_jobs_over(system: System) -> None:
+    """Two workers of one node and spool: the newer wins, the older stops by itself, its jobs go on under the newer."""
+    job_id = await up(system, WAITS + "exit 9")
+    first = system.children[-1]
+    system.start_worker("n1", 16)
+    assert await first.wait() == 3
+    let_go(system, job_id)
+    assert await ended(system, job_id) == ("FAILED", 9, None)
+
+
+async def test_another_spool_is_refused_while_the_lease_lives(system: System) -> None:
+    other = system.start("worker", "other", NODE_NAME="n1", TOTAL_CPUS=16, DATA_DIR=str(system.folder / "elsewhere"))
+    assert await other.wait() == 3
+    assert "NODE_NAME=n1 is held by a worker on" in (system.folder / "other.err").read_text()
+    assert (await system.run("#!/bin/bash\nexit 5"))["exit_code"] == 5
+
+
+async def test_end_jobs_ends_them_with_their_grace(settings: Settings, tmp_path: Path) -> None:
+    ending = settings.model_copy(update={"end_jobs": True, "kill_grace_seconds": 20.0})
+    async with running(ending, tmp_path) as system:
+        job_id = await up(system, "#!/bin/bash\ntrap 'exit 6' TERM\necho up\nwhile :; do sleep 0.02; done")
+        again = await up(system, "#!/bin/bash\necho up\nsleep 1000", requeue=True)
+        system.children[-1].process.send_signal(signal.SIGTERM)
+        assert await system.children[-1].wait() == 0
+        job = await system.api.job(job_id)
+        assert (job["state"], job["exit_code"], job["state_reason"]) == ("NODE_FAIL", 6, "SystemFailure")
+        requeued = await system.api.job(again)
+        assert (requeued["state"], requeued["restart_cnt"], requeued["nodes"]) == ("PENDING", 1, [])
+        await asyncio.gather(*(system.api.cancel(requeued["job_id"]) for _ in range(2)))
+
+
+def test_records_are_whole_or_not_there(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "scripts")
+    identity = spool.open()
+    assert spool.open() == identity
+    assert spool.is_of_this_boot()
+    first, second = Leader(5, 40), Leader(5, 41)
+    spool.write_record(7, second, -9)
+    spool.write_record(7, first, 137)
+    assert min(spool.recorded(7)) == first
+    assert (spool.record(7, first), spool.record(7, second)) == (Exit(137, None), Exit(None, "KILL"))
+    assert spool.recorded_tags() == {7}
+    spool.remove_records(7)
+    assert spool.record(7, first) is None
+    lost = spool.folder / "keepers/1-1"
+    lost.touch()
+    mine = spool.add_keeper(os.getpid())
+    assert spool.lost_keepers() == [lost]
+    mine.unlink()
+    (spool.folder / "boot").write_text("another")
+    assert not spool.is_of_this_boot()
+    spool.write_record(8, first, 0)
+    spool.begin_boot()
+    assert spool.is_of_this_boot()
+    assert not spool.recorded_tags()
+    assert not spool.lost_keepers()
