@@ -53,6 +53,7 @@ def launch(argv: Sequence[str]) -> int:
     A process of its own, because the keeper may have to outlive it: a service manager waits for this one.
     """
     reading, writing = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # until each of the two can hear them
     keeper = os.fork()
     if keeper == 0:
         os.close(reading)
@@ -60,6 +61,7 @@ def launch(argv: Sequence[str]) -> int:
     os.close(writing)
     for number in _STOPS:
         signal.signal(number, lambda number, _: os.kill(keeper, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     answer = os.read(reading, 16)  # until the worker has ended for good, or the keeper was killed
     if answer:
         return int(answer)
@@ -103,6 +105,8 @@ class Keeper:
             self._start()
             code, stopped = self._until_ended()
             stopping = stopping or stopped
+            if stopping and code == -signal.SIGTERM:
+                return 0
             if stopping or code in (0, EXIT_SETTINGS, EXIT_REPLACED):
                 return code
             if time.monotonic() - began > STEADY_SECONDS:
@@ -146,10 +150,11 @@ class Keeper:
         """Look after everything until the worker has ended: its exit code or minus its signal, and whether told to."""
         stopped, code = False, None
         while code is None:
-            if number := self._wait(PAUSE_SECONDS):
+            if self._wait(PAUSE_SECONDS):
                 stopped = True
                 with suppress(ProcessLookupError):
-                    os.kill(self._worker, number)
+                    # One that still imports is ended by it, in silence; a SIGINT would be a traceback.
+                    os.kill(self._worker, signal.SIGTERM)
             self._hear()
             code = self._look()
         self._hear()

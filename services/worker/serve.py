@@ -72,8 +72,10 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
             supervisions.add(task)
             task.add_done_callback(supervisions.discard)
 
+        heartbeat = group.create_task(
+            repeat("heartbeat", lambda: _beat_once(node), node.beat, settings.heartbeat_seconds)
+        )
         lasting = [
-            repeat("heartbeat", lambda: _beat_once(node), node.beat, settings.heartbeat_seconds),
             repeat("notify", lambda: _notify_once(node.pool), node.released, NEVER_SECONDS),
             repeat("silence", lambda: health.end_after_silence_once(node), Wakeup(), SILENCE_LOOK_SECONDS),
             repeat("tidy", _tidy_once, Wakeup(), TIDY_SECONDS),
@@ -94,7 +96,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
         node.beat.set()
         for task in starts:
             task.cancel()
-        await _drain(node)
+        await _drain(node, heartbeat)
         for task in [*duties, *supervisions]:
             task.cancel()
 
@@ -112,7 +114,7 @@ async def _beat_once(node: Node) -> int:
         raise
 
 
-async def _drain(node: Node) -> None:
+async def _drain(node: Node, heartbeat: asyncio.Task[None]) -> None:
     """What has ended is reported; what runs goes on, or gets SIGTERM and its grace period."""
     log = structlog.get_logger()
     ending = node.settings.end_jobs
@@ -122,6 +124,8 @@ async def _drain(node: Node) -> None:
             run.stopped.set()
     try:
         await _until_idle(node, all_of_them=ending)
+        heartbeat.cancel()  # or the one under way would take back what is given up
+        await asyncio.wait((heartbeat,))
         async with asyncio.timeout(STOP_SECONDS), node.pool.acquire() as connection:
             await nodes.give_up_lease(connection, node.name, node.incarnation)
             await notify(connection)
