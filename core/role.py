@@ -9,8 +9,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Literal
 
-import structlog
-
 from core import __version__, log
 from core.errors import RowlockError, SettingsError
 from core.settings import DEFAULT_FILE, Settings, load, obsolete, settings_file
@@ -140,9 +138,3 @@ async def until_stopped(stop: asyncio.Event, *duties: Awaitable[None]) -> None:
 
 async def _awaited(duty: Awaitable[None]) -> None:
     await duty
-
-
-def logger() -> structlog.stdlib.BoundLogger:
-    """The process's logger."""
-    bound: structlog.stdlib.BoundLogger = structlog.get_logger()
-    return bound
