@@ -26,8 +26,10 @@ class ClientError(RowlockError):
     def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
         self.status = status
         self.problem = dict(problem)
-        faults = [_fault_text(fault) for fault in self.problem.get("errors", ())]
-        super().__init__("; ".join([str(self.problem.get("detail", f"HTTP {status}")), *faults]))
+        errors = self.problem.get("errors")
+        faults = errors if isinstance(errors, list) else []  # who knows who answered
+        texts = [_fault_text(fault) for fault in faults if isinstance(fault, dict)]
+        super().__init__("; ".join([str(self.problem.get("detail", f"HTTP {status}")), *texts]))
 
     @property
     def may_pass(self) -> bool:
@@ -133,7 +135,7 @@ class Client:
     ) -> dict[str, Any]:
         async with self._answered(method, path, query, body) as answer:
             try:
-                document = await answer.json()
+                document = await answer.json(content_type=None)
             except ValueError:
                 document = None
             if not isinstance(document, dict):

@@ -38,6 +38,8 @@ CONNECTION_ERRORS = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a backend that was ended in the middle of an answer
+    asyncpg.ObjectNotInPrerequisiteStateError,  # the database takes no connections now
     asyncpg.OperatorInterventionError,  # shutdown, crash, "the database system is starting up"
     asyncpg.InsufficientResourcesError,  # too many connections, disk full
     asyncpg.LockNotAvailableError,

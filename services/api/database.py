@@ -16,12 +16,6 @@ ACQUIRE_SECONDS = 5
 CLOSE_SECONDS = 3
 LOOK_SECONDS = 3
 
-AWAY = (
-    *CONNECTION_ERRORS,
-    asyncpg.InternalClientError,  # asyncpg's word for a connection whose end has arrived, but not yet its close
-    asyncpg.ObjectNotInPrerequisiteStateError,  # "the database is not currently accepting connections"
-)
-
 # Tables that are not there (any more), or not ours to use: the database was emptied, or is being migrated.
 UNFIT = (
     asyncpg.UndefinedTableError,
@@ -69,7 +63,7 @@ class Database:
         except UNFIT as error:
             self._doubt.set()
             raise Unavailable(f"the database does not hold this schema: {describe(error)}") from error
-        except AWAY as error:
+        except CONNECTION_ERRORS as error:
             raise Unavailable(f"PostgreSQL at {self._address} is away: {describe(error)}") from error
 
     async def check(self) -> None:
@@ -79,7 +73,7 @@ class Database:
                 await self._look()
         except (SchemaMismatch, *UNFIT) as error:
             raise Unavailable(describe(error)) from error
-        except AWAY as error:
+        except CONNECTION_ERRORS as error:
             raise Unavailable(f"PostgreSQL at {self._address} is away: {describe(error)}") from error
 
     async def _look(self) -> None:
@@ -100,5 +94,5 @@ class Database:
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._pool.close()
-        except AWAY:
+        except CONNECTION_ERRORS:
             self._pool.terminate()

@@ -14,6 +14,7 @@ from services.api.problems import Problem
 
 MAX_BODY = 8 * 1024 * 1024
 BODY_SECONDS = 60
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - what an empty host means to a listener
 
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(?::[0-9]{1,5})?", re.ASCII)
 _JSON = re.compile(r'application/json[ \t]*(;[ \t]*charset=("?)utf-8\2[ \t]*)?', re.IGNORECASE | re.ASCII)
@@ -23,14 +24,15 @@ async def check_address(settings: Settings) -> None:
     """Refuse to listen where others can reach it, unless that was said in so many words."""
     if settings.auth:
         return
+    host = settings.api_host or EVERYWHERE
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(settings.api_host or None, None, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise SettingsError(
             f"API_HOST={settings.api_host}: should be an address of this machine ({error.strerror})"
         ) from None
     addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
-    if not settings.api_host or not all(address.is_loopback for address in addresses):
+    if not all(address.is_loopback for address in addresses):
         raise SettingsError(
             f"API_HOST={settings.api_host}: others could submit jobs there, and there are no tokens yet;"
             " should be 127.0.0.1, or say AUTH=none beside it"

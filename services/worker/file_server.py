@@ -48,7 +48,8 @@ class FileServer:
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
         scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-        if scheme != "Bearer" or not hmac.compare_digest(secret.encode(), self._secret):
+        shown = secret.encode(errors="surrogateescape")  # a header is bytes of any kind
+        if scheme != "Bearer" or not hmac.compare_digest(shown, self._secret):
             return web.Response(status=401)
         async with self._pool.acquire() as connection:
             job = await jobs.get(connection, int(request.match_info["job_id"]))
@@ -87,7 +88,11 @@ async def _send(request: web.Request, descriptor: int | None) -> web.StreamRespo
     while descriptor is not None and start < stop and request.method != "HEAD":
         chunk = os.pread(descriptor, min(CHUNK, stop - start), start)
         if not chunk:
-            break  # somebody truncated the file: the connection closes short of its length, and the client knows
+            # Somebody truncated the file: cut the connection short of its length, and the client knows.
+            response.force_close()
+            if request.transport is not None:
+                request.transport.abort()
+            break
         await response.write(chunk)
         start += len(chunk)
     return response
@@ -106,6 +111,8 @@ def _wanted(request: web.Request, size: int) -> tuple[int, int, int] | None:
     if wanted.start is None and wanted.stop is None:
         return 200, 0, size
     start = wanted.start or 0
+    if request.headers["Range"].replace(" ", "").endswith("=-0"):
+        return None  # the last 0 bytes, which Python's slices take for everything
     if start < 0:
         return (206, max(0, size + start), size) if size else None
     stop = size if wanted.stop is None else min(wanted.stop, size)
