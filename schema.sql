@@ -37,6 +37,8 @@ CREATE TABLE node_leases (
     node              text PRIMARY KEY REFERENCES nodes ON DELETE CASCADE,
     incarnation       bigint NOT NULL,
     spool_id          text NOT NULL,
+    -- The first incarnation of this spool in a row: of what an earlier one started this spool knows nothing.
+    spool_since       bigint NOT NULL,
     hostname          text NOT NULL,
     heartbeat_time    timestamptz NOT NULL,
     lease_until       timestamptz NOT NULL,
@@ -69,6 +71,7 @@ CREATE TABLE jobs (
     time_limit_seconds    bigint CHECK (time_limit_seconds > 0),
     requeue               boolean NOT NULL,
     node                  text,
+    incarnation           bigint,        -- of the worker that started the current attempt
     submit_time           timestamptz NOT NULL DEFAULT now(),
     allocate_time         timestamptz,
     start_time            timestamptz,

@@ -57,6 +57,8 @@ class Job:
     time_limit_seconds: int | None
     requeue: bool
     node: str | None
+    incarnation: int | None
+    """Of the worker that started the current attempt."""
     submit_time: datetime
     allocate_time: datetime | None
     start_time: datetime | None
@@ -106,6 +108,8 @@ class JobSpec:
     standard_error: str | None
     cpus_per_task_given: bool
     tasks_per_node_given: bool
+    ours: bool = True
+    """Whether the worker's own spool started it, so that the spool knows what became of it."""
 
 
 @dataclass(frozen=True, slots=True)

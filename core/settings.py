@@ -51,8 +51,13 @@ def _is_address(url: str, schemes: tuple[str, ...]) -> bool:
         parts = urlsplit(url)
     except ValueError:
         return False
-    places = parts.netloc.rpartition("@")[2].split(",")
-    return parts.scheme in schemes and all(re.fullmatch(r"(\[[^][]*\]|[^][:]*)(:\d{1,5})?", place) for place in places)
+    places = parts.netloc.rpartition("@")[2].split(",")  # PostgreSQL takes several
+    return parts.scheme in schemes and all(map(_is_place, places))
+
+
+def _is_place(text: str) -> bool:
+    found = re.fullmatch(r"(?:\[[^][]*\]|[^][:]*)(?::([0-9]{1,5}))?", text)
+    return found is not None and int(found[1] or 0) <= 65535
 
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -254,7 +259,7 @@ def _written(file: Path) -> dict[str, str]:
 def _fault(fault: Any, given: Mapping[str, str]) -> str:
     key = str(fault["loc"][0])
     value = given.get(key)
-    return f"{key.upper()}{_shown(key, value)}: {fault['msg'].removeprefix('Value error, ').removeprefix('Input ')}"
+    return f"{key.upper()}{_shown(key, value)}: {re.sub('^.*?(?=should )', '', fault['msg'])}"
 
 
 def _shown(key: str, value: str | None) -> str:

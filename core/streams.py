@@ -101,6 +101,10 @@ class Reader:
         await self.done([entry_id for entry_id, message in messages if message is None])
         return [message for _, message in messages if message is not None]
 
+    def replay(self) -> None:
+        """Read what is not acknowledged again: something went wrong with it."""
+        self._replay = True
+
     async def done(self, entry_ids: Sequence[bytes]) -> None:
         """Acknowledge and delete entries, right after the commit that made them old."""
         if not entry_ids:

@@ -154,6 +154,49 @@ async def test_another_spool_is_refused_while_the_lease_lives(system: System) ->
     assert (await system.run("#!/bin/bash\nexit 5"))["exit_code"] == 5
 
 
+async def test_a_node_taken_over_with_another_spool_runs_nothing_again(system: System) -> None:
+    """The first worker is gone and its job goes on: a worker with another SCRIPT_DIR cannot know what became of it."""
+    job_id = await up(system, WAITS)
+    system.children[-1].process.send_signal(signal.SIGTERM)
+    await system.children[-1].wait()
+    system.start("worker", "other", NODE_NAME="n1", TOTAL_CPUS=16, DATA_DIR=str(system.folder / "n1/elsewhere"))
+    job = await system.api.wait(job_id, timeout_seconds=60)
+    assert (job["state"], job["state_reason"], job["attempt"]) == ("NODE_FAIL", "SystemFailure", 1)
+    assert (system.folder / f"n1/data/jobs/{job_id}/slurm-{job_id}.out").read_text().count("up") == 1
+    assert not list((system.folder / "n1/elsewhere").glob("jobs/*"))
+
+
+async def test_a_script_that_takes_off_its_tag_is_not_run_twice(system: System) -> None:
+    job_id = await up(system, WAITS.replace("echo up", "ulimit -S -x unlimited; echo up"))
+    kill_worker(system)
+
+    async def settled() -> bool:
+        return "job_adopted" in (system.settings.log_dir / "worker.log").read_text()
+
+    await until(settled, "it is found by its mark")
+    let_go(system, job_id)
+    assert (await ended(system, job_id))[0] == "NODE_FAIL"
+    assert (await system.api.logs(job_id)).count(b"up") == 1
+
+
+async def test_two_nodes_need_two_spools(system: System) -> None:
+    other = system.start("worker", "n2", NODE_NAME="n2", DATA_DIR=str(system.folder / "n1/data"))
+    assert await other.wait() == 2
+    assert "is in use by the worker of node n1" in (system.folder / "n2.err").read_text()
+
+
+async def test_a_frozen_worker_is_replaced_for_good(settings: Settings, tmp_path: Path) -> None:
+    quick = settings.model_copy(update={"heartbeat_seconds": 0.2, "lease_seconds": 10.0})
+    async with running(quick, tmp_path) as system:
+        job_id = await up(system, WAITS + "exit 8")
+        first = system.children[-1]
+        os.kill(system.worker_pid("n1"), signal.SIGSTOP)
+        system.start_worker("n1")
+        assert await first.wait() == 3
+        let_go(system, job_id)
+        assert await ended(system, job_id) == ("FAILED", 8, None)
+
+
 async def test_end_jobs_ends_them_with_their_grace(settings: Settings, tmp_path: Path) -> None:
     ending = settings.model_copy(update={"end_jobs": True, "kill_grace_seconds": 20.0})
     async with running(ending, tmp_path) as system:
@@ -181,10 +224,9 @@ def test_records_are_whole_or_not_there(tmp_path: Path) -> None:
     assert spool.recorded_tags() == {7}
     spool.remove_records(7)
     assert spool.record(7, first) is None
-    lost = spool.folder / "keepers/1-1"
-    lost.touch()
+    (spool.folder / "keepers/1-1").touch()
     mine = spool.add_keeper(os.getpid())
-    assert spool.lost_keepers() == [lost]
+    assert (spool.keeps(os.getpid()), spool.keeps(1)) == (True, False)
     mine.unlink()
     (spool.folder / "boot").write_text("another")
     assert not spool.is_of_this_boot()
@@ -192,4 +234,4 @@ def test_records_are_whole_or_not_there(tmp_path: Path) -> None:
     spool.begin_boot()
     assert spool.is_of_this_boot()
     assert not spool.recorded_tags()
-    assert not spool.lost_keepers()
+    assert not spool.keeps(1)

@@ -185,7 +185,7 @@ WITH input AS (
     SELECT FROM node_leases WHERE node = $3 AND incarnation = $4 AND NOT draining AND (SELECT count(*) > 0 FROM locked)
     FOR SHARE
 ), moved AS (
-    UPDATE jobs j SET state = 'RUNNING', start_time = clock_timestamp()
+    UPDATE jobs j SET state = 'RUNNING', start_time = clock_timestamp(), incarnation = $4
     FROM input i JOIN locked USING (job_id) CROSS JOIN current
     WHERE j.job_id = i.job_id AND j.attempt = i.attempt AND j.state = 'CONFIGURING' AND j.node = $3
     RETURNING j.*
@@ -214,11 +214,12 @@ async def start(connection: Connection, attempts: Sequence[Attempt], *, node: st
 _RUNNING = """
 SELECT j.job_id, j.attempt, j.restart_cnt, j.name, j.account, j.partition, j.tasks, j.cpus_per_task, j.cpus,
        j.memory_mib, j.time_limit_seconds, j.requeue, j.start_time, s.script, s.environment,
-       s.current_working_directory, s.standard_output, s.standard_error, s.cpus_per_task_given, s.tasks_per_node_given
+       s.current_working_directory, s.standard_output, s.standard_error, s.cpus_per_task_given, s.tasks_per_node_given,
+       j.incarnation >= l.spool_since AS ours
 FROM unnest($1::bigint[], $2::int[]) AS t (job_id, attempt)
 JOIN jobs j USING (job_id, attempt) JOIN job_specs s USING (job_id)
+JOIN node_leases l ON l.node = $3 AND l.incarnation = $4
 WHERE j.state = 'RUNNING' AND j.node = $3
-  AND EXISTS (SELECT FROM node_leases l WHERE l.node = $3 AND l.incarnation = $4)
 """
 
 

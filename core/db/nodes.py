@@ -11,11 +11,13 @@ ON CONFLICT (name) DO NOTHING
 
 _LEASE = """
 INSERT INTO node_leases AS l
-    (node, incarnation, spool_id, hostname, heartbeat_time, lease_until, address, secret, version, grace_seconds,
-     requeue_after_seconds)
-VALUES ($1, 1, $2, $3, clock_timestamp(), clock_timestamp() + make_interval(secs => $7), $4, $5, $6, $8, $9)
+    (node, incarnation, spool_since, spool_id, hostname, heartbeat_time, lease_until, address, secret, version,
+     grace_seconds, requeue_after_seconds)
+VALUES ($1, 1, 1, $2, $3, clock_timestamp(), clock_timestamp() + make_interval(secs => $7), $4, $5, $6, $8, $9)
 ON CONFLICT (node) DO UPDATE SET
-    incarnation = l.incarnation + 1, spool_id = excluded.spool_id, hostname = excluded.hostname,
+    incarnation = l.incarnation + 1,
+    spool_since = CASE WHEN l.spool_id = excluded.spool_id THEN l.spool_since ELSE l.incarnation + 1 END,
+    spool_id = excluded.spool_id, hostname = excluded.hostname,
     heartbeat_time = excluded.heartbeat_time, lease_until = excluded.lease_until, draining = false,
     address = excluded.address, secret = excluded.secret, version = excluded.version,
     grace_seconds = excluded.grace_seconds, requeue_after_seconds = excluded.requeue_after_seconds

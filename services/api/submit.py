@@ -133,6 +133,7 @@ def _stored(job: NewJob, job_id: int, submit_time: datetime) -> Job:
         time_limit_seconds=job.time_limit_seconds,
         requeue=job.requeue,
         node=None,
+        incarnation=None,
         submit_time=submit_time,
         allocate_time=None,
         start_time=None,

@@ -208,6 +208,8 @@ class Stack:
                     self._say(f"{role.name} {ending(code)}")
         if self._roles:
             await self._say_what_runs_on()
+        if self._plan.throwaway:
+            hasten.set()  # nobody will read what the servers would write now
         for server in self._servers():
             if server.child and server.child.alive:
                 self._say(f"stopping {server.name}")

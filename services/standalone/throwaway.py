@@ -8,6 +8,7 @@ temporary directory removed. On stdout it tells, a line each: `directory PATH`, 
 import argparse
 import asyncio
 import ctypes
+import gc
 import os
 import shutil
 import signal
@@ -119,7 +120,9 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, metavar="DIR", help="an empty one that is not removed afterwards")
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    return asyncio.run(run(options.cpus, options.directory))
+    code = asyncio.run(run(options.cpus, options.directory))
+    gc.freeze()  # the interpreter's end would look through everything once more
+    return code
 
 
 if __name__ == "__main__":

@@ -19,10 +19,14 @@ Begin = Callable[[Run], None]
 async def consume_once(node: Node, reader: Reader, begin: Begin) -> int:
     """Read the stream, start what it speaks of, and acknowledge right after that commit."""
     messages = await reader.read(BATCH)
-    await start(node, [message.attempt for message in messages if message.kind == "run"], begin)
-    if any(message.kind == "cancel" for message in messages):
-        node.look.set()
-    await reader.done([message.entry_id for message in messages])
+    try:
+        await start(node, [message.attempt for message in messages if message.kind == "run"], begin)
+        if any(message.kind == "cancel" for message in messages):
+            node.look.set()
+        await reader.done([message.entry_id for message in messages])
+    except BaseException:
+        reader.replay()
+        raise
     return 1  # the read itself waits
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from core.records import JobSpec
+from services.worker.proc import tag_of
 
 MARK: Final = "ROWLOCK_JOB"
 """The variable by which the processes of a job are known; its value is `mark()`."""
@@ -34,6 +35,16 @@ def mark(job_id: int, attempt: int, spool_id: str) -> str:
     must not find.
     """
     return f"{job_id}:{attempt}:{spool_id}"
+
+
+def tag_of_mark(text: str | None) -> int | None:
+    """The tag (proc.py) of the attempt that a mark names; None when it is no mark."""
+    words = (text or "").split(":")
+    return tag_of(int(words[0]), int(words[1]), words[2]) if len(words) == 3 and _are_numbers(words[:2]) else None
+
+
+def _are_numbers(words: list[str]) -> bool:
+    return all(word.isascii() and word.isdecimal() and len(word) < 20 for word in words)
 
 
 def job_environment(spec: JobSpec, *, host: Host, directory: str) -> dict[str, str]:

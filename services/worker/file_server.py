@@ -29,7 +29,7 @@ class FileServer:
         self._secret = secret.encode()
         application = web.Application()
         application.router.add_get(r"/logs/{job_id:\d{1,19}}/{attempt:\d{1,10}}/{stream:stdout|stderr}", self._logs)
-        self._runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1)
 
     async def start(self) -> str:
         """Listen; answer the address that the API is to use."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from contextlib import suppress
 
 import structlog
 
@@ -9,20 +10,30 @@ from core.db import nodes
 from services.worker.node import Node
 
 PROBE_BYTES = 256 * 1024
+LONGEST_TROUBLE_SECONDS = 60.0
+
+
+def found(node: Node, problem: str) -> None:
+    """Something that every job needs was not to be had: the node is in trouble, each time for twice as long."""
+    node.trouble = problem
+    node.trouble_until = asyncio.get_running_loop().time() + node.trouble_seconds
+    node.trouble_seconds = min(node.trouble_seconds * 2, LONGEST_TROUBLE_SECONDS)
 
 
 async def look_once(node: Node) -> int:
-    """Drain the node while it has a trouble, and resume it once a probe finds that it is over."""
+    """Drain the node while it has a trouble; resume it once its time is over and a probe finds nothing."""
     if node.trouble is None:
         return 0
+    problem = _probe(node)
+    if problem is None and asyncio.get_running_loop().time() < node.trouble_until:
+        problem = node.trouble
     async with node.pool.acquire() as connection:
-        if problem := _probe(node):
-            node.trouble = problem
-            if await nodes.drain_itself(connection, node.name, node.incarnation, problem):
-                structlog.get_logger().warning("node_drains_itself", node=node.name, reason=problem)
-        elif await nodes.resume_itself(connection, node.name, node.incarnation):
-            structlog.get_logger().info("node_resumes_itself", node=node.name)
-        node.trouble = problem
+        if problem is None:
+            if await nodes.resume_itself(connection, node.name, node.incarnation):
+                structlog.get_logger().info("node_resumes_itself", node=node.name)
+        elif await nodes.drain_itself(connection, node.name, node.incarnation, problem):
+            structlog.get_logger().warning("node_drains_itself", node=node.name, reason=problem)
+    node.trouble = problem
     return 0
 
 
@@ -35,7 +46,8 @@ def _probe(node: Node) -> str | None:
         except OSError as error:
             return f"{folder}: {error.strerror}"
         finally:
-            probe.unlink(missing_ok=True)
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
     return None
 
 

@@ -60,7 +60,8 @@ def launch(argv: Sequence[str]) -> int:
         _run_keeper(argv, writing)
     os.close(writing)
     for number in _STOPS:
-        signal.signal(number, lambda number, _: os.kill(keeper, number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: os.kill(keeper, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     answer = os.read(reading, 16)  # until the worker has ended for good, or the keeper was killed
     if answer:
@@ -93,6 +94,7 @@ class Keeper:
         self._told = -1
         self._spool: Spool | None = None
         self._file: Path | None = None
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children would vanish with their statuses
         signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGCHLD))
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _prctl(_PR_SET_NAME, ctypes.c_char_p(b"rowlock-keeper"))
@@ -102,19 +104,39 @@ class Keeper:
         delay, stopping = FIRST_DELAY, False
         while True:
             began = time.monotonic()
-            self._start()
-            code, stopped = self._until_ended()
+            code, stopped = self._run_once()
             stopping = stopping or stopped
             if stopping and code == -signal.SIGTERM:
                 return 0
             if stopping or code in (0, EXIT_SETTINGS, EXIT_REPLACED):
                 return code
+            if self._spool is not None and self._spool.was_replaced(self._worker):
+                return EXIT_REPLACED
             if time.monotonic() - began > STEADY_SECONDS:
                 delay = FIRST_DELAY
-            print(f"rowlock worker {_how(code)}; its jobs go on, and it is started again", file=sys.stderr, flush=True)
-            if self._wait(delay):
+            with suppress(OSError):  # nobody reads it, or the disk is full: no reason to end
+                print(f"rowlock worker {_how(code)}; its jobs go on, and it is started again", file=sys.stderr)
+                sys.stderr.flush()
+            if self._told_to_stop_within(delay):
                 return 0
             delay = min(delay * 2, LONGEST_DELAY)
+
+    def _run_once(self) -> tuple[int, bool]:
+        """One life of the worker: its exit code or minus its signal, and whether it was told to end."""
+        try:
+            self._start()
+        except OSError:  # no room for a process, or no memory
+            return 1, False
+        return self._until_ended()
+
+    def _told_to_stop_within(self, seconds: float) -> bool:
+        """Look after everything for some time; whether a stop signal came."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self._wait(left):
+                return True
+            self._look()
+        return False
 
     def linger(self) -> None:
         """Keep what earlier workers left until nothing of it is left."""

@@ -27,6 +27,10 @@ class FolderRefused(OSError):
     """The working directory cannot be entered."""
 
 
+class StartUndone(Exception):
+    """A child was started and ended again: it may have run for a moment."""
+
+
 class ChildTransport(asyncio.SubprocessTransport):
     """A child that is waited for by its pidfd, and reaped by `reap` alone."""
 
@@ -112,7 +116,12 @@ class Loop(uvloop.Loop):
         finally:
             os.close(stdin)
         protocol = protocol_factory()
-        return ChildTransport(self, protocol, pid), protocol
+        try:
+            return ChildTransport(self, protocol, pid), protocol
+        except OSError as error:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)  # noqa: ASYNC222 - it was killed
+            raise StartUndone(f"it was started, cannot be waited for, and was ended at once ({error})") from error
 
 
 def _enter(folder: int) -> None:

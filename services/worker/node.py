@@ -1,11 +1,9 @@
 """The node: its registration, its lease, and what runs on it now."""
 
 import asyncio
-import fcntl
 import os
 import secrets
-import signal
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import structlog
@@ -13,7 +11,7 @@ import structlog
 from core import __version__
 from core.db import nodes, schema
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, Pool, describe, open_pool
-from core.errors import NodeNameTaken
+from core.errors import NodeNameTaken, SettingsError
 from core.records import Attempt, JobSpec, NodeSpec
 from core.settings import Settings
 from core.wakeup import Wakeup
@@ -72,15 +70,15 @@ class Node:
     runs: dict[Attempt, Run] = field(default_factory=dict)
     # A start and a look at the tables never overlap: a look taken before a start's commit knows nothing of it.
     claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
-    uncertain: set[Attempt] = field(default_factory=set)
-    """What was running when it was found that a keeper had been killed: as long as some is left, that is remembered."""
     draining: bool = False
-    trouble: str | None = None
+    trouble: str | None = "not looked at yet"
     """Why this node cannot start anything now, such as a full disk."""
+    trouble_until: float = 0.0
+    """Till when it stays in trouble at least, by the loop's clock."""
+    trouble_seconds: float = 0.5
     released: Wakeup = field(default_factory=Wakeup)
     look: Wakeup = field(default_factory=Wakeup)
     beat: Wakeup = field(default_factory=Wakeup)
-    trouble_found: Wakeup = field(default_factory=Wakeup)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -92,19 +90,11 @@ class Node:
         """The end of a run is committed, or was refused."""
         del self.runs[run.attempt]
         self.changed.set()
-        if run.attempt in self.uncertain:
-            self.uncertain.discard(run.attempt)
-            self.forget_lost_keepers()
-
-    def forget_lost_keepers(self) -> None:
-        """Once nothing is left that they kept, what they could have told does not matter any more."""
-        if not self.uncertain:
-            for path in self.spool.lost_keepers():
-                path.unlink(missing_ok=True)
 
 
 async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExitStack) -> Node:
     """Become the node's worker; what is opened for that is closed with `stack`. Raises NodeNameTaken."""
+    check_spool(spool, settings.node_name)
     pool = await open_pool(settings, "worker", POOL_SIZE)
     stack.callback(pool.terminate)
     await schema.ensure(pool)
@@ -113,7 +103,7 @@ async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExit
     stack.push_async_callback(server.stop)
     spec = describe_node(settings, host, await server.start(), secret)
     incarnation = await register(pool, spec, settings)
-    await hold_spool(spool, 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS)
+    await hold_spool(spool, settings.node_name, 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS)
     return Node(settings, pool, host, spool, incarnation, asyncio.get_running_loop().time())
 
 
@@ -136,35 +126,29 @@ def describe_node(settings: Settings, host: Host, address: str, secret: str) -> 
     )
 
 
-async def hold_spool(spool: Spool, patience: float) -> None:
+def check_spool(spool: Spool, node: str) -> None:
+    """Raise SettingsError when the worker of another node is at work in this spool."""
+    holder = spool.holder()
+    if holder is not None and holder.node != node:
+        raise SettingsError(
+            f"SCRIPT_DIR={spool.script_dir} is in use by the worker of node {holder.node}: each node needs a SCRIPT_DIR"
+            f" (or a DATA_DIR) of its own; NODE_NAME={node}"
+        )
+
+
+async def hold_spool(spool: Spool, node: str, patience: float) -> None:
     """Be the only worker of this spool for as long as this process lives: only its end gives the lock back.
 
     An older worker stops by itself once it hears of its successor. One that does not, frozen perhaps, is killed:
-    until it is gone nobody can tell whether it starts something. Its jobs go on, under its keeper.
+    until it is gone nobody can tell whether it starts something. Its jobs go on, under its keeper, which is told
+    not to start it again.
     """
-    descriptor = os.open(spool.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = asyncio.get_running_loop().time() + patience
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if asyncio.get_running_loop().time() > deadline:
-                _kill_holder(descriptor)
-            await asyncio.sleep(LOCK_PAUSE_SECONDS)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        else:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-            return
-
-
-def _kill_holder(descriptor: int) -> None:
-    with suppress(ValueError, ProcessLookupError, PermissionError):
-        pid = int(os.pread(descriptor, 20, 0))
-        structlog.get_logger().warning("older_worker_killed", pid=pid)
-        os.kill(pid, signal.SIGKILL)
+    while not spool.lock(node):
+        if asyncio.get_running_loop().time() > deadline and (holder := spool.holder()) is not None:
+            structlog.get_logger().warning("older_worker_killed", pid=holder.pid)
+            spool.kill(holder)
+        await asyncio.sleep(LOCK_PAUSE_SECONDS)
 
 
 async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> int:

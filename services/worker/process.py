@@ -34,7 +34,7 @@ from typing import Final, Protocol
 from core.errors import RowlockError
 from services.worker import proc
 from services.worker.environment import MARK
-from services.worker.loop import FolderRefused
+from services.worker.loop import FolderRefused, StartUndone
 from services.worker.spool import Exit, exit_of
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -228,6 +228,8 @@ async def start(
             stderr=stderr_fd,
             tag=tag,
         )
+    except StartUndone as error:
+        raise LaunchFailed(str(error)) from error
     except ValueError as error:
         raise LaunchFailed(f"the command or its environment cannot be passed on: {error}") from error
     except OSError as error:
@@ -320,8 +322,19 @@ def _orphans_of(process: Process) -> list[int]:
 
 
 def _orphans() -> list[tuple[int, proc.Stat]]:
-    """Children of ours that are neither scripts nor in our own session; the dead among them are reaped."""
-    ours = os.getsid(0)
+    """Children of ours that are neither scripts nor in our own session; the dead among them are reaped.
+
+    One that died after the list was read has left its own children to us, which the list does not have: so it is
+    read until nothing was reaped.
+    """
+    while True:
+        reaped, found = _look_at_children()
+        if not reaped:
+            return found
+
+
+def _look_at_children() -> tuple[bool, list[tuple[int, proc.Stat]]]:
+    ours, reaped = os.getsid(0), False
     found = []
     for pid in proc.children(os.getpid()):
         stat = None if pid in _scripts else proc.read_stat(pid)
@@ -330,9 +343,10 @@ def _orphans() -> list[tuple[int, proc.Stat]]:
         if stat.dead:
             _owners.pop(pid, None)
             os.waitpid(pid, os.WNOHANG)
+            reaped = True
         else:
             found.append((pid, stat))
-    return found
+    return reaped, found
 
 
 def _owner(pid: int, stat: proc.Stat) -> Process | None:

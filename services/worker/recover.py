@@ -11,7 +11,7 @@ from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, describe
 from core.records import Attempt, JobSpec
 from core.states import State
 from services.worker import files, proc
-from services.worker.environment import mark
+from services.worker.environment import MARK, mark, tag_of_mark
 from services.worker.node import Node, Run
 from services.worker.process import Adopted
 from services.worker.spool import Leader
@@ -26,19 +26,19 @@ async def recover(node: Node, begin: Begin) -> bool:
     is commit, script file, process. So an attempt
 
     - whose process or record is there, is adopted;
-    - without a script file has never been started, and is started now, in the same attempt;
-    - with a script file, but neither process nor record, has never been started either, as long as no keeper was
-      killed and the machine is the same boot: they would have told. Else it may have run, and is not run again.
+    - that this spool was to start in this boot, and without a script file, has never been started: it is started
+      now, in the same attempt;
+    - else may have run, and is not run again. What says so, its script file, stays until its end is committed.
     """
     specs = await _running(node)
-    same_boot, lost = node.spool.is_of_this_boot(), node.spool.lost_keepers()
-    leaders = _leaders() if same_boot else {}
-    runs = [_taken_over(node, spec, leaders, certain=same_boot and not lost, same_boot=same_boot) for spec in specs]
+    same_boot, leaders = node.spool.is_of_this_boot(), _leaders()
+    runs = [_taken_over(node, spec, leaders, same_boot=same_boot) for spec in specs]
+    for run in runs:
+        if run.lost is not None:
+            files.script_path(node.spool.script_dir, run.spec.job_id, run.spec.attempt).touch()
     _tidy(node, specs)
     if not same_boot:
         node.spool.begin_boot()
-    node.uncertain = set() if not lost else {run.attempt for run in runs}
-    node.forget_lost_keepers()
     for run in runs:
         begin(run)
     return True
@@ -61,16 +61,18 @@ async def _running(node: Node) -> list[JobSpec]:
 
 
 def _leaders() -> dict[int, list[Leader]]:
-    """Every session leader with a tag, by the tag: alive, or dead and not reaped."""
+    """Every session leader by the tag that it bears, or that its mark says it had: alive, or dead and not reaped."""
     found: dict[int, list[Leader]] = {}
     for pid in proc.all_pids():
         stat = proc.read_stat(pid)
-        if stat is not None and stat.session == pid and (tag := proc.read_tag(pid)) is not None:
-            found.setdefault(tag, []).append(Leader(stat.start, pid))
+        if stat is None or stat.session != pid:
+            continue
+        for tag in {proc.read_tag(pid), tag_of_mark(proc.read_variable(pid, MARK))} - {None}:
+            found.setdefault(tag, []).append(Leader(stat.start, pid))  # type: ignore[arg-type]
     return found
 
 
-def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, certain: bool, same_boot: bool) -> Run:
+def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, same_boot: bool) -> Run:
     log = structlog.get_logger().bind(job_id=spec.job_id, attempt=spec.attempt, node=node.name)
     tag = proc.tag_of(spec.job_id, spec.attempt, node.host.spool_id)
     candidates: list[Leader] = [*leaders.get(tag, []), *(node.spool.recorded(tag) if same_boot else [])]
@@ -87,12 +89,21 @@ def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, 
             kept_by=node.spool.keeps,
         )
         return Run(spec, script, started=proc.seconds_since(leader.start))
-    if certain or (same_boot and not files.script_path(node.spool.script_dir, spec.job_id, spec.attempt).exists()):
-        log.info("job_never_started")
-        return Run(spec)
-    lost = "its worker and their keeper were both killed" if same_boot else "the node was started anew"
-    log.warning("job_lost", why=lost)
-    return Run(spec, lost=lost)
+    if why := _why_it_may_have_run(node, spec, same_boot=same_boot):
+        log.warning("job_lost", why=why)
+        return Run(spec, lost=why)
+    log.info("job_never_started")
+    return Run(spec)
+
+
+def _why_it_may_have_run(node: Node, spec: JobSpec, *, same_boot: bool) -> str | None:
+    if not spec.ours:
+        return "another worker of this node's name, with another SCRIPT_DIR, was running it"
+    if not same_boot:
+        return "the node was started anew"
+    if files.script_path(node.spool.script_dir, spec.job_id, spec.attempt).exists():
+        return "its worker was killed, and it left neither process nor exit record"
+    return None
 
 
 def _tidy(node: Node, specs: Iterable[JobSpec]) -> None:

@@ -1,6 +1,7 @@
 """The asyncio worker: registers its node, consumes its stream, supervises scripts, serves their output."""
 
 import asyncio
+import resource
 import sys
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
@@ -13,10 +14,11 @@ from core.batch import Batcher
 from core.db import nodes
 from core.db.connection import CONNECTION_ERRORS, Pool, notify
 from core.duty import repeat
+from core.errors import SettingsError
 from core.records import Ending
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
-from services.worker import claim, health, keeper, process, report
+from services.worker import claim, health, keeper, proc, process, report
 from services.worker.loop import new_event_loop
 from services.worker.node import Node, Run, Superseded, heartbeat_once, join
 from services.worker.recover import recover
@@ -33,6 +35,8 @@ NEVER_SECONDS = 3600
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run this node until told to stop, then drain: nothing new starts. Jobs run on, unless END_JOBS says otherwise."""
     process.become_subreaper()
+    if resource.getrlimit(proc.TAG_LIMIT)[1] != resource.RLIM_INFINITY:
+        raise SettingsError("ulimit -H -x: the hard limit of file locks should be unlimited: jobs are tagged by it")
     settings.work_base_dir.mkdir(parents=True, exist_ok=True)
     spool = Spool(settings.scripts_dir)
     identity = spool.open()
@@ -88,7 +92,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
                 streams.name_when_away(client, without_secrets(settings.redis_dsn)),
                 repeat("consume", lambda: claim.consume_once(node, reader, begin), Wakeup(), poll),
                 repeat("look", lambda: claim.look_once(node, begin), node.look, poll),
-                repeat("health", lambda: health.look_once(node), node.trouble_found, settings.heartbeat_seconds),
+                repeat("health", lambda: health.look_once(node), Wakeup(), settings.heartbeat_seconds),
             ]
             starts = [group.create_task(duty) for duty in starting]
         await stop.wait()

@@ -5,13 +5,16 @@
     SCRIPT_DIR/job-7.1                     the script of attempt 1 of job 7, from before its start to after its end
     SCRIPT_DIR/.spool/id                   the identity of this directory
     SCRIPT_DIR/.spool/boot                 the boot (and PID namespace) that everything here belongs to
-    SCRIPT_DIR/.spool/keepers/START-PID    a keeper that lives, or was killed; one that ends in order removes it
+    SCRIPT_DIR/.spool/lock                 held by the worker while it lives: its pid, its start, its node's name
+    SCRIPT_DIR/.spool/replaced-PID         a worker that its successor had to kill: its keeper is not to start it again
+    SCRIPT_DIR/.spool/keepers/START-PID    a keeper; one that ends in order removes it
     SCRIPT_DIR/.spool/exits/TAG.START.PID  how a session leader with that tag ended, written before it is reaped
 
 Durable here means: survives the death of any process. Nothing is synced to disk: after a new boot nothing of
 this is believed. Only the standard library: the keeper uses this as well.
 """
 
+import fcntl
 import os
 import secrets
 import signal
@@ -40,6 +43,15 @@ class Leader:
 
     start: int
     pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The worker that holds a spool's lock."""
+
+    pid: int
+    start: int
+    node: str
 
 
 def exit_of(returncode: int) -> Exit:
@@ -85,13 +97,54 @@ class Spool:
             path.unlink(missing_ok=True)
         _replace(self.folder / "boot", proc.boot_identity())
 
-    def lost_keepers(self) -> list[Path]:
-        """The files of keepers that were killed: what they had to tell is lost."""
-        return [path for path in (self.folder / "keepers").iterdir() if not _lives(path.name)]
-
     def keeps(self, pid: int) -> bool:
         """Whether a process is one of the keepers."""
         return any(path.name.endswith(f"-{pid}") and _lives(path.name) for path in (self.folder / "keepers").iterdir())
+
+    def lock(self, node: str) -> bool:
+        """Take the lock, for as long as this process lives; False when another worker has it."""
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        stat = proc.read_stat(os.getpid())
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {stat.start if stat else 0} {node}".encode(), 0)
+        return True  # the descriptor stays open
+
+    def holder(self) -> "Holder | None":
+        """The living worker that has the lock, if one has."""
+        try:
+            pid, start, node = (self.folder / "lock").read_text(encoding="utf-8").split(" ", 2)
+        except (FileNotFoundError, ValueError):
+            return None
+        found = Holder(int(pid), int(start), node)
+        stat = proc.read_stat(found.pid)
+        return found if stat is not None and stat.start == found.start and not stat.dead else None
+
+    def kill(self, holder: "Holder") -> None:
+        """Kill a worker that does not stop, and leave word for its keeper that it was replaced."""
+        self._replaced(holder.pid).touch()
+        with suppress(ProcessLookupError, PermissionError):
+            pidfd = os.pidfd_open(holder.pid)
+            try:
+                if self.holder() == holder:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
+
+    def was_replaced(self, pid: int) -> bool:
+        """Whether a worker was killed by its successor; asked once."""
+        try:
+            self._replaced(pid).unlink()
+        except OSError:
+            return False
+        return True
+
+    def _replaced(self, pid: int) -> Path:
+        return self.folder / f"replaced-{pid}"
 
     def record(self, tag: int, leader: Leader) -> Exit | None:
         """How a session leader ended, if that is written."""

@@ -11,10 +11,11 @@ from pathlib import Path
 import structlog
 
 from core.batch import Batcher
+from core.db.connection import CONNECTION_ERRORS
 from core.paths import JobPaths
 from core.records import Ending, JobSpec
 from core.states import Reason, State
-from services.worker import files, proc, process
+from services.worker import files, health, proc, process
 from services.worker.environment import MARK
 from services.worker.launch import command_and_environment, paths_of
 from services.worker.node import Node, Run
@@ -37,10 +38,14 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
         log.info("job_started", name=spec.name, account=spec.account, cpus=spec.cpus)
     ending = await attempt(node, run)
     run.over = True
+    if not ending.ran:
+        with suppress(*CONNECTION_ERRORS):
+            await health.look_once(node)  # first: or the job would be placed here again at once
     ended = not run.fenced and await report.do(ending)
     if run.script is not None:
         run.script.forget()
-    files.remove_script(node.settings.scripts_dir, spec.job_id, spec.attempt)
+    with suppress(OSError):  # a disk that takes no changes; the next worker tries again
+        files.remove_script(node.settings.scripts_dir, spec.job_id, spec.attempt)
     node.end(run)
     if not ended:
         log.warning("job_end_refused", state=ending.state)
@@ -58,7 +63,7 @@ async def attempt(node: Node, run: Run) -> Ending:
             run.script = await _start(node, run.spec)
         except (process.LaunchShortage, OSError) as error:
             return _not_started(node, run, error)
-        except (files.FileRefused, process.LaunchFailed) as error:
+        except (files.FileRefused, process.LaunchFailed, ValueError) as error:
             return _ending(run.spec, State.FAILED, Reason.JOB_LAUNCH_FAILURE, description=str(error))
     verdict = await _wait(node, run, run.script)
     if verdict is not None:
@@ -75,9 +80,9 @@ def _not_started(node: Node, run: Run, error: OSError | process.LaunchShortage) 
     """The job goes back when the node is at fault, which then takes no more until it has what it lacks."""
     if isinstance(error, OSError) and error.errno not in NODE_ERRORS:
         return _ending(run.spec, State.FAILED, Reason.JOB_LAUNCH_FAILURE, description=str(error))
-    node.trouble = f"a job could not be started: {error}"
-    node.trouble_found.set()
-    ending = _ending(run.spec, State.PENDING, Reason.RESOURCES, description=node.trouble)
+    problem = f"a job could not be started: {error}"
+    health.found(node, problem)
+    ending = _ending(run.spec, State.PENDING, Reason.RESOURCES, description=problem)
     return replace(ending, ran=False)
 
 
@@ -91,12 +96,13 @@ def _gone(node: Node, run: Run, why: str) -> Ending:
 async def _start(node: Node, spec: JobSpec) -> process.Process:
     paths = paths_of(node.settings, node.host, spec)
     roots = node.settings.roots
-    script = files.write_script(node.settings.scripts_dir, spec.job_id, spec.attempt, spec.script)
-    command, environment = command_and_environment(node.host, spec, paths, script)
     with (
         _directory(roots, paths) as directory,
         _outputs(roots, paths, append=spec.restart_cnt > 0) as (stdout, stderr),
     ):
+        # Last: from here to the start lies what a worker that is killed cannot tell from a script that ran.
+        script = files.write_script(node.settings.scripts_dir, spec.job_id, spec.attempt, spec.script)
+        command, environment = command_and_environment(node.host, spec, paths, script)
         return await process.start(
             command,
             env=environment,
