@@ -47,8 +47,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything. Raises BenchError."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     given = {"jobs": options.jobs, "connections": options.connections, "cpus": CPUS}
-    results: dict[str, Any] = {"time": now, "machine": asdict(machine.facts()), "arguments": given}
+    results: dict[str, Any] = {"time": now, "arguments": given}
     with stack.workspace() as folder:
+        results["machine"] = asdict(machine.facts(folder))
+        _note(report.machine_line(results["machine"]))
         if options.latency_jobs > 0:
             results |= _latency(folder, options.latency_jobs)
         results["limits"], results["bursts"] = [], []

@@ -4,7 +4,7 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from core.settings import usable_cpus
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 SCRIPTS = "scripts"
 OTHERS = "others"
+PROBE_FILES = 500
 
 # As they show in `ps`: `rowlock api` and `python -m services.api` are one role.
 _ROLE = re.compile(r"(?:rowlock |services\.)(api|scheduler|worker|standalone)\b|(valkey-server)|(postgres)")
@@ -33,11 +34,12 @@ class Machine:
     python: str
     bash: str
     filesystem: str
+    file_microseconds: float
     load: tuple[float, float, float]
 
 
-def facts() -> Machine:
-    """The facts, as they are now."""
+def facts(workspace: Path) -> Machine:
+    """The facts, as they are now. `workspace` is where the stacks will be."""
     return Machine(
         cpus=os.cpu_count() or 1,
         usable_cpus=usable_cpus(),
@@ -46,7 +48,8 @@ def facts() -> Machine:
         kernel=platform.release(),
         python=platform.python_version(),
         bash=_first_line("/bin/bash", "--version"),
-        filesystem=_first_line("stat", "-f", "-c", "%T", tempfile.gettempdir()),
+        filesystem=_filesystem(workspace),
+        file_microseconds=_file_microseconds(workspace / "probe"),
         load=os.getloadavg(),
     )
 
@@ -59,6 +62,22 @@ def load() -> float:
 def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _filesystem(folder: Path) -> str:
+    """The type of the one that a folder lies on: the longest mount point above it wins."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    above = [(len(place), kind) for place, kind in mounts if folder.is_relative_to(place)]
+    return max(above)[1]
+
+
+def _file_microseconds(folder: Path) -> float:
+    """CPU that it takes to make a small file. A job makes three; what was deleted around here lately makes it dear."""
+    folder.mkdir()
+    began = time.process_time()
+    for number in range(PROBE_FILES):
+        os.close(os.open(folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    return round((time.process_time() - began) / PROBE_FILES * 1e6, 1)
 
 
 def _first_line(*command: str) -> str:

@@ -86,12 +86,17 @@ def render(results: Mapping[str, Any]) -> str:
 
 
 def _machine_lines(results: Mapping[str, Any]) -> list[str]:
-    machine, durability = results["machine"], results["durability"]
-    return [
+    durability = ", ".join(f"{name}={value}" for name, value in results["durability"].items())
+    return [machine_line(results["machine"]), f"PostgreSQL {durability}"]
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The facts that a reader compares."""
+    return (
         f"{machine['usable_cpus']} of {machine['cpus']} CPUs ({machine['cpu_model']}), Linux {machine['kernel']},"
-        f" Python {machine['python']}, {machine['filesystem']}, load {machine['load'][0]:.2f}",
-        "PostgreSQL " + ", ".join(f"{name}={value}" for name, value in durability.items()),
-    ]
+        f" Python {machine['python']}, {machine['filesystem']} ({machine['file_microseconds']:.0f} us a new file),"
+        f" load {machine['load'][0]:.2f}"
+    )
 
 
 def _latency_lines(latency: Mapping[str, Any], load: float) -> list[str]:

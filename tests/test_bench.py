@@ -11,7 +11,7 @@ from bench import latency, report
 from bench.__main__ import arguments
 from bench.apart import BenchError, measure
 from bench.burst import Size, burst
-from bench.machine import CpuTimes, used
+from bench.machine import CpuTimes, facts, used
 from bench.stack import Stack
 from bench.wire import Answer, WireError, request, take
 from core.settings import Settings
@@ -24,6 +24,7 @@ MACHINE = {
     "kernel": "6.1",
     "python": "3.11",
     "filesystem": "ext4",
+    "file_microseconds": 40.0,
     "load": [0.5, 0.4, 0.3],
 }
 
@@ -79,6 +80,13 @@ def test_the_command_line() -> None:
     assert (given.jobs, given.latency_jobs, given.json) == (5, 0, Path("file"))
     with pytest.raises(SystemExit):
         arguments(["--connections", "0"])
+
+
+def test_the_machines_facts(tmp_path: Path) -> None:
+    found = facts(tmp_path)
+    assert 1 <= found.usable_cpus <= found.cpus
+    assert found.file_microseconds > 0
+    assert found.filesystem in Path("/proc/filesystems").read_text().split()
 
 
 def test_what_nobody_of_ours_used_was_used_by_others() -> None:

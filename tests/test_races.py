@@ -240,24 +240,27 @@ async def test_of_many_finishers_one_releases(connection: asyncpg.Connection, po
     await finish(connection, placed[1])
 
 
-async def test_batches_in_opposite_orders_do_not_block_each_other_for_good(
-    connection: asyncpg.Connection, pool: Pool
+LOCK = "SELECT FROM jobs WHERE job_id = $1 FOR NO KEY UPDATE NOWAIT"
+
+
+@pytest.mark.parametrize("moved", [start, finish])
+async def test_a_batch_locks_its_jobs_in_the_order_of_their_numbers(
+    connection: asyncpg.Connection, two: Any, moved: Any
 ) -> None:
-    """Rows are locked in the order of their numbers, whatever the order of a batch."""
-    await register(connection, a_node("n1", 40))
-    await submit(connection, *[a_job()] * 40)
+    """Whatever the order of the batch, or two that overlap could wait for each other."""
+    await register(connection)
+    await submit(connection, *[a_job()] * 3)
     placed = await allocate(connection)
-    started: Counter[int] = Counter()
-
-    async def all_of_them(turn: int) -> set[Attempt]:
-        batch = placed if turn % 2 else placed[::-1]
-        async with pool.acquire() as racer:
-            started.update(spec.job_id for spec in await start(racer, *batch))
-            return await finish(racer, *batch)
-
-    ended = [attempt for found in await asyncio.gather(*map(all_of_them, range(16))) for attempt in found]
-    assert sorted(ended, key=lambda a: a.job_id) == placed
-    assert set(started.values()) == {1}
+    if moved is finish:
+        await start(connection, *placed)
+    async with two[0].transaction():
+        await two[0].execute(LOCK, placed[1].job_id)
+        task = asyncio.ensure_future(moved(two[1], *placed[::-1]))
+        await blocked(connection)
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await connection.execute(LOCK, placed[0].job_id)
+        await connection.execute(LOCK, placed[2].job_id)
+    assert len(await task) == 3
 
 
 async def test_a_job_cancelled_while_configuring_never_starts(connection: asyncpg.Connection, two: Any) -> None:
@@ -327,6 +330,19 @@ async def test_what_a_release_returns_meanwhile_is_given_to_nobody_twice(
         await blocked(connection)
     assert await task == 1
     assert await connection.fetchval("SELECT alloc_cpus FROM nodes") == 4
+
+
+async def test_a_release_that_waits_for_a_pass_reckons_with_what_that_took(
+    connection: asyncpg.Connection, two: Any
+) -> None:
+    await register(connection, a_node("n1", 8))
+    await submit(connection, a_job(5))
+    [held] = await allocate(connection)
+    await start(connection, held)
+    [job_id] = await submit(connection, a_job(2))
+    _, ended = await race(connection, two, lambda c: give(c, job_id), lambda c: finish(c, held))
+    assert ended == {held}
+    assert await connection.fetchval("SELECT alloc_cpus FROM nodes") == 2
 
 
 async def test_passes_wait_for_each_other(connection: asyncpg.Connection, pool: Pool, two: Any) -> None:

@@ -69,9 +69,9 @@ FILL = """
 INSERT INTO nodes (name, partitions, declared_cpus, cpus, alloc_cpus, memory_mib, work_base_dir, job_user)
 SELECT 'n' || i, '{default}', 64, 64, 64, 1024, '/jobs', 'nobody' FROM generate_series(1, 8) AS i;
 
-INSERT INTO node_leases (node, incarnation, spool_id, hostname, heartbeat_time, lease_until, address, secret, version,
-                         grace_seconds, requeue_after_seconds)
-SELECT name, 1, name, 'here', now(), now() + interval '1 hour', 'http://127.0.0.1:1', 's', '0', 1, 60 FROM nodes;
+INSERT INTO node_leases (node, incarnation, spool_since, spool_id, hostname, heartbeat_time, lease_until, address,
+                         secret, version, grace_seconds, requeue_after_seconds)
+SELECT name, 1, 1, name, 'here', now(), now() + interval '1 hour', 'http://127.0.0.1:1', 's', '0', 1, 60 FROM nodes;
 
 -- The oldest 20,000 are over, 512 hold CPUs, the rest waits.
 INSERT INTO jobs (name, account, partition, tasks, cpus_per_task, cpus, requeue)
@@ -317,3 +317,59 @@ async def test_no_index_stands_in_the_way_of_a_hot_update(connection: asyncpg.Co
         "SELECT count(*) FROM pg_index WHERE indrelid = 'jobs'::regclass AND num_nonnulls(indpred, indexprs) > 0"
     )
     assert conditions == 0
+
+
+# The audit
+
+
+BREAKS = {
+    "capacity": ["UPDATE nodes SET alloc_cpus = alloc_cpus - 1", "UPDATE allocations SET cpus = cpus + 1"],
+    "ledger": [
+        "DELETE FROM allocations",
+        "UPDATE allocations SET attempt = 9",
+        "UPDATE jobs SET cpus = 2 WHERE state = 'RUNNING'",
+        "INSERT INTO allocations (job_id, node, attempt, cpus) SELECT job_id, 'n1', 0, cpus FROM pending",
+    ],
+    "queue": [
+        "DELETE FROM pending",
+        "UPDATE pending SET cpus = 9",
+        "UPDATE pending SET partition = 'other'",
+        "INSERT INTO pending (job_id, partition, cpus) SELECT job_id, partition, cpus FROM jobs WHERE attempt = 1",
+    ],
+    "specification": [
+        "DELETE FROM job_specs WHERE job_id IN (SELECT job_id FROM pending)",
+        "UPDATE job_specs SET job_id = job_id + 1000",
+    ],
+    "one end": [
+        "DELETE FROM job_events WHERE to_state = 'COMPLETED'",
+        "INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, 1, state, 'None' FROM jobs"
+        " WHERE end_time IS NOT NULL",
+        "INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, 0, 'RUNNING', 'None' FROM pending",
+    ],
+    "one start": [
+        "INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, attempt, 'RUNNING', 'None'"
+        " FROM jobs WHERE state = 'RUNNING'"
+    ],
+    "exit": ["UPDATE jobs SET exit_code = NULL WHERE state = 'TIMEOUT'"],
+}
+
+
+async def test_the_audit_sees_what_breaks_an_invariant(connection: asyncpg.Connection) -> None:
+    """One job waits, one is CONFIGURING, one RUNNING, two have ended; each break is undone."""
+    await register(connection)
+    await submit(connection, *[a_job()] * 4)
+    _, running, completed, timeout = await allocate(connection)
+    await start(connection, running, completed, timeout)
+    await finish(connection, completed)
+    await finish(connection, timeout, state=State.TIMEOUT)
+    await submit(connection)
+    assert await audit.audit(connection) == []
+    assert {name.split(":")[0] for name in audit.INVARIANTS} == set(BREAKS)
+    for name, query in audit.INVARIANTS.items():
+        assert await connection.fetch(query) == []
+        for change in BREAKS[name.split(":")[0]]:
+            transaction = connection.transaction()
+            await transaction.start()
+            await connection.execute(change)
+            assert await connection.fetch(query) != [], change
+            await transaction.rollback()
