@@ -1,6 +1,6 @@
 """HTTP/1.1 over one kept connection, and no more of it than the API speaks: a load generator must be light.
 
-It shares the machine with what it measures; README.md holds the cost of aiohttp's client against this one.
+It shares the machine with what it measures, and says in each result what CPU it took.
 """
 
 import asyncio

@@ -135,6 +135,19 @@ async def test_a_move_applies_to_its_own_state_alone(database: asyncpg.Connectio
     assert found == meant
 
 
+DESIGN = """
+PENDING      CONFIGURING CANCELLED DEADLINE
+CONFIGURING  RUNNING PENDING CANCELLED
+RUNNING      COMPLETED FAILED CANCELLED TIMEOUT OUT_OF_MEMORY NODE_FAIL PREEMPTED PENDING
+"""
+
+
+def test_the_table_is_that_of_the_design() -> None:
+    """Written down a second time: all else here follows the table, wherever it goes."""
+    meant = {line.split()[0]: set(line.split()[1:]) for line in DESIGN.strip().splitlines()}
+    assert {state: {*TRANSITIONS[state]} for state in State} == {state: meant.get(state, set()) for state in State}
+
+
 def test_the_moves_are_what_the_table_allows() -> None:
     made = {pair for _, pairs in MOVES.values() for pair in pairs if pair[0] is not pair[1]}
     legal = {(before, after) for before, after in product(State, State) if is_legal(before, after)}
