@@ -121,6 +121,21 @@ async def test_a_killed_keeper_changes_nothing(system: System) -> None:
     assert await ended(system, job_id) == ("FAILED", 42, None)
 
 
+async def test_a_killed_launcher_changes_nothing(system: System) -> None:
+    """Its keeper has nobody to tell that the worker was replaced, and lingers all the same."""
+    job_id = await up(system, WAITS + "exit 43")
+    os.kill(system.children[-1].pid, signal.SIGKILL)
+    old = system.worker_pid("n1")
+    system.start_worker("n1", 16)
+
+    async def replaced() -> bool:
+        return not cmdline(old)
+
+    await until(replaced, "the older worker stops by itself")
+    let_go(system, job_id)
+    assert await ended(system, job_id) == ("FAILED", 43, None)
+
+
 async def test_keeper_and_worker_killed_together_end_the_job_once_nothing_is_left_of_it(system: System) -> None:
     name = uuid4().hex
     job_id = await up(system, WAITS, environment={"TEST_ID": name})

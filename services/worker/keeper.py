@@ -77,7 +77,8 @@ def _run_keeper(argv: Sequence[str], writing: int) -> None:
         os.setsid()
         keeper = Keeper([sys.executable, "-m", "services.worker.serve", *argv])
         code = keeper.keep()
-        os.write(writing, str(code).encode())
+        with suppress(BrokenPipeError):  # the launcher was killed: what we keep matters all the same
+            os.write(writing, str(code).encode())
         os.close(writing)
         keeper.linger()
     finally:
