@@ -9,6 +9,7 @@ from typing import Any
 FIRST_LINE_TARGET_MS = 12.0
 FRACTION_TARGET = 0.25
 PERCENTS = (50, 95, 99)
+DEAR_FILE_MICROSECONDS = 100.0
 
 LATENCIES = (
     ("first_line_ms", "submit -> first line of the script"),
@@ -87,7 +88,16 @@ def render(results: Mapping[str, Any]) -> str:
 
 def _machine_lines(results: Mapping[str, Any]) -> list[str]:
     durability = ", ".join(f"{name}={value}" for name, value in results["durability"].items())
-    return [machine_line(results["machine"]), f"PostgreSQL {durability}"]
+    return [machine_line(results["machine"]), f"PostgreSQL {durability}", *_warning_lines(results["machine"])]
+
+
+def _warning_lines(machine: Mapping[str, Any]) -> list[str]:
+    if machine["file_microseconds"] <= DEAR_FILE_MICROSECONDS:
+        return []
+    return [
+        "new files are dear here now, and a job makes three: many were deleted lately, perhaps by the last run;"
+        " wait five minutes, or set TMPDIR to another disk (README.md)"
+    ]
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:

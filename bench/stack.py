@@ -1,7 +1,7 @@
 """The stack under test: that of `rowlock demo`, real processes and real servers in a fresh directory.
 
-Nothing is deleted before the last measurement is over. On ext4 a file costs more to make for some minutes
-after many were deleted: its allocator steps over every inode that was freed lately.
+Nothing is deleted before the last measurement is over. On an ext4 without a journal a file costs more to make
+for some minutes after many were deleted: its allocator steps over every inode that was freed lately.
 """
 
 import os

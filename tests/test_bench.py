@@ -82,6 +82,13 @@ def test_the_command_line() -> None:
         arguments(["--connections", "0"])
 
 
+def test_dear_files_are_warned_of() -> None:
+    results = some_results()
+    assert "new files are dear" not in report.render(results)
+    results["machine"] = {**MACHINE, "file_microseconds": 300.0}
+    assert "new files are dear" in report.render(results)
+
+
 def test_the_machines_facts(tmp_path: Path) -> None:
     found = facts(tmp_path)
     assert 1 <= found.usable_cpus <= found.cpus
