@@ -45,6 +45,8 @@ def configure(role: str, log_dir: Path | None, level: str) -> FilteringBoundLogg
     logging.basicConfig(level=level, handlers=[handler for handler, _ in outputs], force=True)
     for chatty in ("asyncio", "aiohttp", "redis"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Its pool warns of a server that is away with a traceback at every try; the roles say so in one line.
+    logging.getLogger("asyncpg").setLevel(logging.ERROR)
     structlog.configure(
         processors=[*_SHARED, _Outputs(outputs)],
         wrapper_class=structlog.make_filtering_bound_logger(level),

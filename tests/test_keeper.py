@@ -242,6 +242,8 @@ def test_records_are_whole_or_not_there(tmp_path: Path) -> None:
     (spool.folder / "keepers/1-1").touch()
     mine = spool.add_keeper(os.getpid())
     assert (spool.keeps(os.getpid()), spool.keeps(1)) == (True, False)
+    spool.forget_dead()
+    assert [path.name for path in (spool.folder / "keepers").iterdir()] == [mine.name]
     mine.unlink()
     (spool.folder / "boot").write_text("another")
     assert not spool.is_of_this_boot()

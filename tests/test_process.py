@@ -6,6 +6,7 @@ import resource
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -363,6 +364,32 @@ def test_nothing_is_left_of_a_job_that_is_ended(job: Job, script: str) -> None:
         await end(started, 0.05)
         assert await started.wait() == Exit(None, "KILL")
         assert not job.alive()
+
+    run(main())
+
+
+LEADERLESS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_whose_first_thread_has_ended_is_not_dead(job: Job) -> None:
+    """The kernel calls it a zombie, but it runs, and nobody can reap it."""
+
+    async def main() -> None:
+        started = await job.start(f"setsid {sys.executable} -c {shlex.quote(LEADERLESS)} & echo up; sleep 1000")
+        await job.says("up")
+        await until(lambda: any(_is_leaderless(pid) for pid in proc.all_pids()))
+        await end(started, 0)
+        assert not any(_is_leaderless(pid) for pid in proc.all_pids())
+
+    def _is_leaderless(pid: int) -> bool:
+        stat = proc.read_stat(pid)
+        threads = Path(f"/proc/{pid}/task")
+        tag = tag_of(1, 1, job.id)
+        return stat is not None and stat.state == "Z" and proc.read_tag(pid) == tag and len(list(threads.iterdir())) > 1
 
     run(main())
 

@@ -92,6 +92,8 @@ class Keeper:
     def __init__(self, command: Sequence[str]) -> None:
         self._command = list(command)
         self._worker = 0
+        self._began = 0
+        """The worker's start, in clock ticks since boot."""
         self._told = -1
         self._spool: Spool | None = None
         self._file: Path | None = None
@@ -111,7 +113,7 @@ class Keeper:
                 return 0
             if stopping or code in (0, EXIT_SETTINGS, EXIT_REPLACED):
                 return code
-            if self._spool is not None and self._spool.was_replaced(self._worker):
+            if self._spool is not None and self._spool.was_replaced(Leader(self._began, self._worker)):
                 return EXIT_REPLACED
             if time.monotonic() - began > STEADY_SECONDS:
                 delay = FIRST_DELAY
@@ -164,8 +166,15 @@ class Keeper:
         reading, writing = os.pipe()
         os.set_inheritable(writing, True)
         environment = {**os.environ, KEEPER_VARIABLE: f"{os.getpid()}:{writing}"}
-        self._worker = os.posix_spawn(self._command[0], self._command, environment, setsigmask=())
-        os.close(writing)
+        try:
+            self._worker = os.posix_spawn(self._command[0], self._command, environment, setsigmask=())
+        except OSError:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+        stat = proc.read_stat(self._worker)  # there, dead or alive: only we reap it
+        self._began = stat.start if stat else 0
         os.set_blocking(reading, False)
         self._told = reading
 

@@ -24,6 +24,7 @@ from services.worker.spool import Spool
 POOL_SIZE = 4
 LOCK_PAUSE_SECONDS = 0.05
 LOCK_PATIENCE_SECONDS = 5
+FIRST_TROUBLE_SECONDS = 0.5
 
 
 class Superseded(NodeNameTaken):
@@ -75,7 +76,7 @@ class Node:
     """Why this node cannot start anything now, such as a full disk."""
     trouble_until: float = 0.0
     """Till when it stays in trouble at least, by the loop's clock."""
-    trouble_seconds: float = 0.5
+    trouble_seconds: float = FIRST_TROUBLE_SECONDS
     released: Wakeup = field(default_factory=Wakeup)
     look: Wakeup = field(default_factory=Wakeup)
     beat: Wakeup = field(default_factory=Wakeup)

@@ -31,12 +31,16 @@ class Stat:
     parent: int
     group: int
     session: int
+    threads: int
     start: int
 
     @property
     def dead(self) -> bool:
-        """Whether nothing is left of it but its exit status."""
-        return self.state in "ZX"
+        """Whether nothing is left of it but its exit status.
+
+        A process whose first thread has ended is called a zombie while others run: nobody can reap it yet.
+        """
+        return self.state in "ZX" and self.threads <= 1
 
 
 def tag_of(job_id: int, attempt: int, spool_id: str) -> int:
@@ -65,7 +69,7 @@ def read_stat(pid: int) -> Stat | None:
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or hidden (hidepid)
         return None
-    return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+    return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[17]), int(fields[19]))
 
 
 def read_variable(pid: int, name: str) -> str | None:

@@ -342,8 +342,7 @@ def _look_at_children() -> tuple[bool, list[tuple[int, proc.Stat]]]:
             continue
         if stat.dead:
             _owners.pop(pid, None)
-            os.waitpid(pid, os.WNOHANG)
-            reaped = True
+            reaped |= os.waitpid(pid, os.WNOHANG) != (0, 0)
         else:
             found.append((pid, stat))
     return reaped, found

@@ -37,6 +37,7 @@ async def recover(node: Node, begin: Begin) -> bool:
         if run.lost is not None:
             files.script_path(node.spool.script_dir, run.spec.job_id, run.spec.attempt).touch()
     _tidy(node, specs)
+    node.spool.forget_dead()
     if not same_boot:
         node.spool.begin_boot()
     for run in runs:

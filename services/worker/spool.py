@@ -6,7 +6,7 @@
     SCRIPT_DIR/.spool/id                   the identity of this directory
     SCRIPT_DIR/.spool/boot                 the boot (and PID namespace) that everything here belongs to
     SCRIPT_DIR/.spool/lock                 held by the worker while it lives: its pid, its start, its node's name
-    SCRIPT_DIR/.spool/replaced-PID         a worker that its successor had to kill: its keeper is not to start it again
+    SCRIPT_DIR/.spool/replaced/START-PID   a worker that its successor had to kill: its keeper is not to start it again
     SCRIPT_DIR/.spool/keepers/START-PID    a keeper; one that ends in order removes it
     SCRIPT_DIR/.spool/exits/TAG.START.PID  how a session leader with that tag ended, written before it is reaped
 
@@ -82,7 +82,13 @@ class Spool:
 
     def open(self) -> str:
         """Make it where it is missing; answer its identity."""
-        for folder in (self.script_dir, self.folder, self.folder / "keepers", self.folder / "exits"):
+        for folder in (
+            self.script_dir,
+            self.folder,
+            self.folder / "keepers",
+            self.folder / "replaced",
+            self.folder / "exits",
+        ):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return _written_once(self.folder / "id", secrets.token_hex(16))
 
@@ -92,8 +98,8 @@ class Spool:
         return _written_once(self.folder / "boot", here) == here
 
     def begin_boot(self) -> None:
-        """Forget whatever belongs to an earlier boot."""
-        for path in (*self.folder.glob("exits/*"), *self.folder.glob("keepers/*")):
+        """Forget the records of an earlier boot."""
+        for path in (self.folder / "exits").iterdir():
             path.unlink(missing_ok=True)
         _replace(self.folder / "boot", proc.boot_identity())
 
@@ -126,7 +132,7 @@ class Spool:
 
     def kill(self, holder: "Holder") -> None:
         """Kill a worker that does not stop, and leave word for its keeper that it was replaced."""
-        self._replaced(holder.pid).touch()
+        self._replaced(Leader(holder.start, holder.pid)).touch()
         with suppress(ProcessLookupError, PermissionError):
             pidfd = os.pidfd_open(holder.pid)
             try:
@@ -135,16 +141,21 @@ class Spool:
             finally:
                 os.close(pidfd)
 
-    def was_replaced(self, pid: int) -> bool:
-        """Whether a worker was killed by its successor; asked once."""
-        try:
-            self._replaced(pid).unlink()
-        except OSError:
-            return False
-        return True
+    def was_replaced(self, worker: Leader) -> bool:
+        """Whether a worker was killed by its successor."""
+        return self._replaced(worker).exists()
 
-    def _replaced(self, pid: int) -> Path:
-        return self.folder / f"replaced-{pid}"
+    def _replaced(self, worker: Leader) -> Path:
+        return self.folder / "replaced" / f"{worker.start}-{worker.pid}"
+
+    def forget_dead(self) -> None:
+        """Remove the files of keepers that were killed, and of workers whose keepers are gone."""
+        for path in (self.folder / "keepers").iterdir():
+            if not _lives(path.name):
+                path.unlink(missing_ok=True)
+        if len(list((self.folder / "keepers").iterdir())) <= 1:  # our own: nobody asks any more
+            for path in (self.folder / "replaced").iterdir():
+                path.unlink(missing_ok=True)
 
     def record(self, tag: int, leader: Leader) -> Exit | None:
         """How a session leader ended, if that is written."""

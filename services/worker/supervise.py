@@ -18,7 +18,7 @@ from core.states import Reason, State
 from services.worker import files, health, proc, process
 from services.worker.environment import MARK
 from services.worker.launch import command_and_environment, paths_of
-from services.worker.node import Node, Run
+from services.worker.node import FIRST_TROUBLE_SECONDS, Node, Run
 from services.worker.spool import Exit
 
 Report = Batcher[Ending, bool]
@@ -61,6 +61,7 @@ async def attempt(node: Node, run: Run) -> Ending:
     if run.script is None:
         try:
             run.script = await _start(node, run.spec)
+            node.trouble_seconds = FIRST_TROUBLE_SECONDS
         except (process.LaunchShortage, OSError) as error:
             return _not_started(node, run, error)
         except (files.FileRefused, process.LaunchFailed, ValueError) as error:
