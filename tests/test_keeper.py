@@ -136,6 +136,15 @@ async def test_a_killed_launcher_changes_nothing(system: System) -> None:
     assert await ended(system, job_id) == ("FAILED", 43, None)
 
 
+async def test_a_worker_that_leaves_no_job_leaves_no_zombie(system: System) -> None:
+    worker = read_stat(system.worker_pid("n1"))
+    assert worker is not None
+    keeper = worker.parent
+    system.children[-1].process.send_signal(signal.SIGTERM)
+    assert await system.children[-1].wait() == 0
+    assert read_stat(keeper) is None
+
+
 async def test_keeper_and_worker_killed_together_end_the_job_once_nothing_is_left_of_it(system: System) -> None:
     name = uuid4().hex
     job_id = await up(system, WAITS, environment={"TEST_ID": name})

@@ -65,7 +65,10 @@ def launch(argv: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     answer = os.read(reading, 16)  # until the worker has ended for good, or the keeper was killed
     if answer:
-        return int(answer)
+        code, keeps = map(int, answer.split())
+        if not keeps:
+            os.waitpid(keeper, 0)  # it ends now: where nobody else reaps, it would stay a zombie
+        return code
     print("rowlock worker: its keeper was killed; the worker itself goes on", file=sys.stderr)
     return 1
 
@@ -78,7 +81,8 @@ def _run_keeper(argv: Sequence[str], writing: int) -> None:
         keeper = Keeper([sys.executable, "-m", "services.worker.serve", *argv])
         code = keeper.keep()
         with suppress(BrokenPipeError):  # the launcher was killed: what we keep matters all the same
-            os.write(writing, str(code).encode())
+            keeps = bool(proc.children(os.getpid()))
+            os.write(writing, f"{code} {keeps:d}".encode())
         os.close(writing)
         keeper.linger()
     finally:
