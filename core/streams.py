@@ -49,8 +49,8 @@ def connect(settings: Settings) -> redis.Redis:
     )
 
 
-async def publish(client: redis.Redis, kind: Kind, dispatches: Sequence[Dispatch]) -> list[Dispatch]:
-    """Add a message for each attempt to its node's stream, all in one pipeline; answer those that Redis took.
+async def publish(client: redis.Redis, kind: Kind, dispatches: Sequence[Dispatch]) -> None:
+    """Add a message for each attempt to its node's stream, all in one pipeline.
 
     A stream that takes none does not hold up its neighbours; that no stream took anything is raised.
     """
@@ -62,7 +62,6 @@ async def publish(client: redis.Redis, kind: Kind, dispatches: Sequence[Dispatch
     refused = [answer for answer in answers if isinstance(answer, Exception)]
     if refused and len(refused) == len(answers):
         raise refused[0]
-    return [d for d, answer in zip(dispatches, answers, strict=True) if not isinstance(answer, Exception)]
 
 
 async def ensure_group(client: redis.Redis, node: str) -> None:

@@ -64,7 +64,9 @@ def an_ending(attempt: Attempt, state: State = State.COMPLETED) -> Ending:
 
 async def submit(connection: Connection, *wanted: NewJob) -> list[int]:
     """Store jobs; answer their numbers."""
-    return [job_id for job_id, _ in await jobs.insert(connection, wanted or [a_job()])]
+    stored = await jobs.insert(connection, wanted or [a_job()])
+    assert None not in stored
+    return [row[0] for row in stored if row is not None]
 
 
 async def register(connection: Connection, spec: NodeSpec | None = None, *, lease_seconds: float = 3600) -> int:

@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from structlog.testing import capture_logs
 
 from core import duty, streams
-from core.db import allocations, jobs
+from core.db import jobs
 from core.db.connection import Pool, notify
 from core.records import Attempt, Dispatch
 from core.settings import Settings
@@ -22,8 +22,8 @@ from core.wakeup import Wakeup
 from services.scheduler import __main__ as scheduler
 from services.scheduler import allocate, dispatch, lead, reap
 from services.scheduler.allocate import allocate_once
-from services.scheduler.dispatch import dispatch_once
-from services.scheduler.reap import UNCLAIMED_SECONDS, reap_once
+from services.scheduler.dispatch import UNCLAIMED_SECONDS, Outbox, dispatch_once, republish_once
+from services.scheduler.reap import reap_once
 from tests.builders import a_job, a_node, finish, give, register, start, state_of, submit
 
 pytestmark = pytest.mark.anyio
@@ -59,7 +59,7 @@ async def test_allocates_in_the_order_of_submission(connection: asyncpg.Connecti
         await register(connection, a_node(name, cpus))
     ids = await submit(connection, *(a_job(cpus) for cpus in (3, 2, 2, 1)))
     with capture_logs() as logs:
-        assert await allocate_once(pool) == 3
+        assert len(await allocate_once(pool)) == 3
     places = [(await place_of(connection, job_id))[:2] for job_id in ids]
     given = State.CONFIGURING
     assert places == [(given, "n2"), (given, "n1"), (State.PENDING, None), (given, "n2")]
@@ -68,13 +68,13 @@ async def test_allocates_in_the_order_of_submission(connection: asyncpg.Connecti
         ("job_allocated", ids[1], 1, "n1", 2),
         ("job_allocated", ids[3], 1, "n2", 1),
     ]
-    assert await allocate_once(pool) == 0
+    assert len(await allocate_once(pool)) == 0
 
 
 async def test_a_partition_is_served_by_its_nodes(connection: asyncpg.Connection, pool: Pool) -> None:
-    await register(connection, a_node("n1", partitions=("debug", "big")))
     ids = await submit(connection, *(a_job(partition=name) for name in ("default", "big", "debug")))
-    assert await allocate_once(pool) == 2
+    await register(connection, a_node("n1", partitions=("debug", "big")))
+    assert len(await allocate_once(pool)) == 2
     assert [await state_of(connection, job_id) for job_id in ids] == ["PENDING", "CONFIGURING", "CONFIGURING"]
 
 
@@ -92,21 +92,21 @@ async def test_a_node_that_is_out_is_given_nothing(connection: asyncpg.Connectio
     await register(connection)
     await connection.execute(OUT[why])
     await submit(connection)
-    assert await allocate_once(pool) == 0
+    assert len(await allocate_once(pool)) == 0
 
 
 async def test_a_pass_has_a_limit(connection: asyncpg.Connection, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocate, "BATCH", 2)
     await register(connection, a_node(cpus=8))
     await submit(connection, *(a_job(cpus) for cpus in (1, 1, 1, 2, 2)))
-    assert [await allocate_once(pool) for _ in range(4)] == [2, 2, 1, 0]
+    assert [len(await allocate_once(pool)) for _ in range(4)] == [2, 2, 1, 0]
 
 
 async def test_an_idle_pass_waits_for_nobody(connection: asyncpg.Connection, pool: Pool) -> None:
     await register(connection)
     async with connection.transaction():
         await connection.execute("SELECT FROM nodes FOR UPDATE")
-        assert await allocate_once(pool) == 0
+        assert len(await allocate_once(pool)) == 0
 
 
 # Dispatch
@@ -119,104 +119,97 @@ async def messages(client: redis.Redis, node: str) -> list[Attempt]:
     return [Attempt(int(fields[b"job_id"]), int(fields[b"attempt"])) for _, fields in entries]
 
 
-async def undispatched(connection: asyncpg.Connection) -> list[int]:
-    return [found.job_id for found in await allocations.undispatched(connection, 100)]
+@pytest.fixture
+def outbox() -> Outbox:
+    return Outbox()
+
+
+async def long_ago(connection: asyncpg.Connection, *job_ids: int) -> None:
+    """Let jobs have been allocated longer ago than a node takes to claim them."""
+    past = "UPDATE jobs SET allocate_time = now() - make_interval(secs => $1) WHERE job_id = ANY ($2)"
+    await connection.execute(past, UNCLAIMED_SECONDS + 1, job_ids)
 
 
 async def test_publishes_what_is_allocated_once(
-    connection: asyncpg.Connection, pool: Pool, redis_client: redis.Redis
+    connection: asyncpg.Connection, pool: Pool, redis_client: redis.Redis, outbox: Outbox
 ) -> None:
     for name in ("n1", "n2"):
         await register(connection, a_node(name, 2))
     ids = await submit(connection, *[a_job()] * 3)
-    assert await dispatch_once(pool, redis_client) == 0
-    await allocate_once(pool)
-    assert await dispatch_once(pool, redis_client) == 3
+    assert await dispatch_once(outbox, redis_client) == 0
+    outbox.put(await allocate_once(pool))
+    assert await outbox.filled.wait(LONG)
+    assert await dispatch_once(outbox, redis_client) == 3
     assert await messages(redis_client, "n1") == [Attempt(ids[0], 1), Attempt(ids[1], 1)]
     assert await messages(redis_client, "n2") == [Attempt(ids[2], 1)]
-    assert await dispatch_once(pool, redis_client) == 0
+    assert await dispatch_once(outbox, redis_client) == 0
     assert await redis_client.xlen(streams.stream_of("n1")) == 2
 
 
 async def test_publishes_batch_after_batch(
-    connection: asyncpg.Connection, pool: Pool, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    redis_client: redis.Redis, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "BATCH", 2)
-    await register(connection)
-    ids = await submit(connection, *[a_job()] * 3)
-    await allocate_once(pool)
-    assert [await dispatch_once(pool, redis_client) for _ in range(3)] == [2, 1, 0]
-    assert [attempt.job_id for attempt in await messages(redis_client, "n1")] == ids
+    outbox.put([Dispatch(1, 1, "n1"), Dispatch(2, 1, "n1")])
+    outbox.put([Dispatch(3, 1, "n1")])
+    assert [await dispatch_once(outbox, redis_client) for _ in range(3)] == [2, 1, 0]
+    assert [attempt.job_id for attempt in await messages(redis_client, "n1")] == [1, 2, 3]
 
 
-async def test_what_redis_did_not_take_stays_to_be_published(
-    connection: asyncpg.Connection, pool: Pool, redis_client: redis.Redis, settings: Settings
+async def test_what_redis_did_not_take_is_published_when_nobody_claimed_it(
+    connection: asyncpg.Connection, pool: Pool, redis_client: redis.Redis, outbox: Outbox
 ) -> None:
     await register(connection)
     [job_id] = await submit(connection)
-    await allocate_once(pool)
+    outbox.put(await allocate_once(pool))
     nowhere = redis.Redis.from_url("unix:///nowhere/redis.sock")
     with pytest.raises((RedisError, OSError)):
-        await dispatch_once(pool, nowhere)
+        await dispatch_once(outbox, nowhere)
     await nowhere.aclose()
-    assert await undispatched(connection) == [job_id]
-    assert await dispatch_once(pool, redis_client) == 1
+    assert await dispatch_once(outbox, redis_client) == 0
+    await long_ago(connection, job_id)
+    await republish_once(pool, redis_client)
+    assert await messages(redis_client, "n1") == [Attempt(job_id, 1)]
 
 
 async def test_one_stream_that_takes_nothing_does_not_hold_up_the_others(
-    connection: asyncpg.Connection, pool: Pool, redis_client: redis.Redis
+    redis_client: redis.Redis, outbox: Outbox
 ) -> None:
-    for name in ("n1", "n2"):
-        await register(connection, a_node(name, 1))
-    first, second = await submit(connection, a_job(), a_job())
-    await allocate_once(pool)
+    outbox.put([Dispatch(1, 1, "n1"), Dispatch(2, 1, "n2")])
     await redis_client.set(streams.stream_of("n1"), "forged")
-    assert await dispatch_once(pool, redis_client) == 1
-    assert await messages(redis_client, "n2") == [Attempt(second, 1)]
-    assert await undispatched(connection) == [first]
+    assert await dispatch_once(outbox, redis_client) == 2
+    assert await messages(redis_client, "n2") == [Attempt(2, 1)]
+    outbox.put([Dispatch(1, 1, "n1")])
     with pytest.raises(RedisError):
-        await dispatch_once(pool, redis_client)
-    await redis_client.delete(streams.stream_of("n1"))
-    assert await dispatch_once(pool, redis_client) == 1
-    assert await messages(redis_client, "n1") == [Attempt(first, 1)]
+        await dispatch_once(outbox, redis_client)
 
 
-async def test_published_twice_after_a_crash_in_between_and_started_once(
-    connection: asyncpg.Connection, pool: Pool, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+async def test_published_twice_and_started_once(
+    connection: asyncpg.Connection, pool: Pool, redis_client: redis.Redis, outbox: Outbox
 ) -> None:
-    async def crash(*_: object) -> None:
-        raise ConnectionError("killed")
-
     await register(connection)
-    await submit(connection)
-    await allocate_once(pool)
-    with monkeypatch.context() as patch:
-        patch.setattr(allocations, "mark_dispatched", crash)
-        with pytest.raises(ConnectionError):
-            await dispatch_once(pool, redis_client)
-    assert await dispatch_once(pool, redis_client) == 1
+    [job_id] = await submit(connection)
+    outbox.put(await allocate_once(pool))
+    await dispatch_once(outbox, redis_client)
+    await long_ago(connection, job_id)
+    await republish_once(pool, redis_client)
     told = await messages(redis_client, "n1")
     assert len(told) == 2
     assert [len(await start(connection, attempt)) for attempt in told] == [1, 0]
 
 
 async def test_published_again_after_redis_was_emptied(
-    connection: asyncpg.Connection, pool: Pool, redis_client: redis.Redis
+    connection: asyncpg.Connection, pool: Pool, redis_client: redis.Redis, outbox: Outbox
 ) -> None:
     """Once nobody has claimed it for a while; what runs, or was published a moment ago, is left alone."""
     await register(connection)
     lost, running, fresh = await submit(connection, *[a_job()] * 3)
     attempts = [await give(connection, job_id) for job_id in (lost, running, fresh)]
-    assert await dispatch_once(pool, redis_client) == 3
     await start(connection, attempts[1])
-    await redis_client.flushdb()
-    await reap_once(pool)
-    assert await dispatch_once(pool, redis_client) == 0
-
-    past = "UPDATE allocations SET dispatched_time = now() - make_interval(secs => $1) WHERE job_id = ANY ($2)"
-    await connection.execute(past, UNCLAIMED_SECONDS + 1, [lost, running])
-    await reap_once(pool)
-    assert await dispatch_once(pool, redis_client) == 1
+    await republish_once(pool, redis_client)
+    assert await messages(redis_client, "n1") == []
+    await long_ago(connection, lost, running)
+    await republish_once(pool, redis_client)
     assert await messages(redis_client, "n1") == [attempts[0]]
 
 
@@ -243,7 +236,7 @@ async def test_what_has_not_started_on_a_dead_node_waits_again_at_its_old_place(
     assert await reap_once(pool) == 0
 
     await register(connection, a_node("n2", 1))
-    assert await allocate_once(pool) == 1
+    assert len(await allocate_once(pool)) == 1
     assert await place_of(connection, old) == (State.CONFIGURING, "n2", 2)
     assert await state_of(connection, young) is State.PENDING
     assert await start(connection, attempts[0]) == []  # the dead one comes back

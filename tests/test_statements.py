@@ -17,7 +17,7 @@ import core.db
 from core.db import allocations, audit, jobs, nodes, pending
 from core.db.connection import SESSION
 from core.policy import plan
-from core.records import Attempt, Capacity, Dispatch, Ending, Placement, Waiting
+from core.records import Attempt, Capacity, Ending, Placement, Waiting
 from core.states import Reason, State
 from services.scheduler import lead
 from services.scheduler.allocate import BATCH, room
@@ -85,8 +85,7 @@ UPDATE jobs SET state = CASE WHEN job_id % 2 = 0 THEN 'RUNNING' ELSE 'CONFIGURIN
                 start_time = CASE WHEN job_id % 2 = 0 THEN now() END
 WHERE job_id BETWEEN 20001 AND 20512;
 
-INSERT INTO allocations (job_id, node, attempt, cpus, dispatched_time)
-SELECT job_id, node, 1, cpus, CASE WHEN job_id % 3 > 0 THEN now() END FROM jobs
+INSERT INTO allocations (job_id, node, attempt, cpus) SELECT job_id, node, 1, cpus FROM jobs
 WHERE state IN ('RUNNING', 'CONFIGURING');
 INSERT INTO job_specs (job_id, script, environment, standard_output, cpus_per_task_given, tasks_per_node_given)
 SELECT job_id, '#!/bin/sh', '{}', 'slurm-%j.out', true, false FROM jobs;
@@ -172,9 +171,7 @@ HOT: dict[str, Use] = {
     "heads": lambda c, n: pending.heads(c, [("default", n, n)], BATCH),
     "lock_free": lambda c, n: nodes.lock_free(c),
     "place": lambda c, n: allocations.place(c, [Placement(job_id, "n1", 1) for job_id in WAITING[:n]]),
-    "undispatched": lambda c, n: allocations.undispatched(c, n),
-    "mark_dispatched": lambda c, n: allocations.mark_dispatched(c, [Dispatch(i, 1, "n1") for i in HELD[:n]]),
-    "forget_unclaimed": lambda c, n: allocations.forget_unclaimed(c, 10, n),
+    "unclaimed": lambda c, n: allocations.unclaimed(c, 10, n),
     "start": lambda c, n: jobs.start(c, attempts(n), node="n1", incarnation=1),
     "running": lambda c, n: jobs.running(c, attempts(n), node="n1", incarnation=1),
     "release": lambda c, n: allocations.release(c, endings(n), node="n1", before=State.RUNNING, incarnation=1),

@@ -142,44 +142,16 @@ async def release(
     return {Attempt(*row) for row in rows}
 
 
-_UNDISPATCHED = """
-SELECT job_id, attempt, node FROM allocations WHERE dispatched_time IS NULL ORDER BY job_id LIMIT $1
-"""
-
-
-async def undispatched(connection: Connection, limit: int) -> list[Dispatch]:
-    """Attempts that nobody has published yet, whatever the reason."""
-    return [Dispatch(*row) for row in await connection.fetch(_UNDISPATCHED, limit)]
-
-
-_MARK_DISPATCHED = """
-WITH sent AS (
-    SELECT a.job_id, a.attempt
-    FROM allocations a JOIN unnest($1::bigint[], $2::int[]) AS t (job_id, attempt) USING (job_id, attempt)
-    WHERE a.dispatched_time IS NULL
-    ORDER BY a.job_id FOR NO KEY UPDATE OF a SKIP LOCKED
-)
-UPDATE allocations a SET dispatched_time = now() FROM sent s WHERE a.job_id = s.job_id AND a.attempt = s.attempt
-"""
-
-
-async def mark_dispatched(connection: Connection, dispatches: Sequence[Dispatch]) -> None:
-    """Note that attempts were published. One that ends meanwhile is passed over."""
-    await connection.execute(_MARK_DISPATCHED, [d.job_id for d in dispatches], [d.attempt for d in dispatches])
-
-
 _UNCLAIMED = """
-UPDATE allocations SET dispatched_time = NULL
-WHERE job_id IN (
-    SELECT a.job_id FROM allocations a JOIN jobs j USING (job_id)
-    WHERE a.dispatched_time < now() - make_interval(secs => $1) AND j.state = 'CONFIGURING' AND j.attempt = a.attempt
-    ORDER BY a.job_id LIMIT $2 FOR NO KEY UPDATE OF a SKIP LOCKED)
+SELECT a.job_id, a.attempt, a.node FROM allocations a JOIN jobs j USING (job_id, attempt)
+WHERE j.state = 'CONFIGURING' AND j.allocate_time < clock_timestamp() - make_interval(secs => $1)
+ORDER BY a.job_id LIMIT $2
 """
 
 
-async def forget_unclaimed(connection: Connection, seconds: float, limit: int) -> None:
-    """Let what was published `seconds` ago and never started be published again: Redis may have lost it."""
-    await connection.execute(_UNCLAIMED, seconds, limit)
+async def unclaimed(connection: Connection, seconds: float, limit: int) -> list[Dispatch]:
+    """What was allocated `seconds` ago and has not started: whoever was told may have lost the message."""
+    return [Dispatch(*row) for row in await connection.fetch(_UNCLAIMED, seconds, limit)]
 
 
 @dataclass(frozen=True, slots=True)

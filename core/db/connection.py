@@ -32,6 +32,15 @@ SESSION = {
     "jit": "off",
 }
 
+# For who runs the same few statements for ever: each is planned once, for any values, into walks along indexes, which
+# hold at any size of the tables. To plan anew, for the very values, costs as much as to run (tests hold the plans).
+PLANNED_ONCE = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+}
+
 # What says that the server is away, or busy, and not that the statement was wrong.
 CONNECTION_ERRORS = (
     OSError,
@@ -71,19 +80,35 @@ async def connect(settings: Settings, role: str, **more: str) -> asyncpg.Connect
     return await asyncpg.connect(**_options(settings, role, **more))
 
 
-async def open_pool(settings: Settings, role: str, size: int) -> Pool:
-    """Open a pool of at most `size` connections, waiting for the server as long as it takes."""
+async def open_pool(settings: Settings, role: str, size: int, **more: str) -> Pool:
+    """Open a pool of at most `size` connections, waiting for the server as long as it takes.
+
+    `more` are server settings of its own, PLANNED_ONCE for instance.
+    """
     log = structlog.get_logger()
     said = ""
+    options = {
+        **_options(settings, role, **more),
+        "max_cached_statement_lifetime": 0,
+        "max_inactive_connection_lifetime": 0,
+    }
     while True:
         try:
-            return await asyncpg.create_pool(**_options(settings, role), min_size=1, max_size=size, reset=_keep)
+            return await asyncpg.create_pool(**options, min_size=1, max_size=size, init=_learn_types, reset=_keep)
         except CONNECTION_ERRORS as error:
             problem = describe(error)
             if problem != said:
                 log.warning("postgres_unreachable", address=without_secrets(settings.postgres_dsn), error=problem)
                 said = problem
             await asyncio.sleep(RETRY_SECONDS)
+
+
+_TYPES = "SELECT $1::int[], $2::bigint[], $3::bool[]"
+
+
+async def _learn_types(connection: Connection) -> None:
+    """Let asyncpg ask what these types are: it does so once a connection, for 10 ms, at the first that it meets."""
+    await connection.fetch(_TYPES, [], [], [])
 
 
 async def _keep(_: Connection) -> None:

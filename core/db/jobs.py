@@ -14,12 +14,15 @@ from core.states import State
 
 _INSERT = """
 WITH input AS MATERIALIZED (
-    SELECT nextval(pg_get_serial_sequence('jobs', 'job_id')) AS job_id, t.*
+    SELECT nextval('jobs_job_id_seq') AS job_id, t.*
     FROM unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::int[], $6::bigint[], $7::bigint[], $8::bool[],
                 $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[], $15::bool[], $16::bool[])
          WITH ORDINALITY AS t (name, account, partition, tasks, cpus_per_task, memory_mib, time_limit_seconds, requeue,
                                script, environment, cwd, standard_output, standard_error, comment,
                                cpus_per_task_given, tasks_per_node_given, position)
+    WHERE EXISTS (SELECT FROM nodes n
+                  WHERE n.declared_cpus >= t.tasks::bigint * t.cpus_per_task AND t.partition = ANY (n.partitions))
+       OR NOT EXISTS (SELECT FROM nodes)
 ), stored AS (
     INSERT INTO jobs (job_id, name, account, partition, tasks, cpus_per_task, cpus, memory_mib, time_limit_seconds,
                       requeue)
@@ -39,12 +42,16 @@ WITH input AS MATERIALIZED (
 ), logged AS (
     INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, 0, 'PENDING', 'None' FROM input
 )
-SELECT job_id, submit_time FROM input JOIN stored USING (job_id) ORDER BY position
+SELECT position, job_id, submit_time FROM input JOIN stored USING (job_id)
 """
 
 
-async def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[tuple[int, datetime]]:
-    """Store submissions in one statement; answer (job_id, submit_time) in their order."""
+async def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[tuple[int, datetime] | None]:
+    """Store submissions in one statement; answer (job_id, submit_time) in their order.
+
+    None, with nothing stored, for one that is larger than every registered node of its partition; while no node is
+    registered, all are taken.
+    """
     rows = await connection.fetch(
         _INSERT,
         [job.name for job in jobs],
@@ -64,7 +71,8 @@ async def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[tuple[i
         [job.cpus_per_task_given for job in jobs],
         [job.tasks_per_node_given for job in jobs],
     )
-    return [(row["job_id"], row["submit_time"]) for row in rows]
+    stored = {row["position"]: (row["job_id"], row["submit_time"]) for row in rows}
+    return [stored.get(position) for position in range(1, len(jobs) + 1)]
 
 
 _GET = """

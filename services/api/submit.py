@@ -55,22 +55,25 @@ class Submitter:
     async def _store_together(self, batch: Sequence[NewJob]) -> list[Job | Exception]:
         sent = False
         try:
-            async with self._database.connection() as connection, connection.transaction():
-                largest = await nodes.largest_by_partition(connection)
-                refusals = [refusal(job, largest) for job in batch]
-                good = [job for job, refused in zip(batch, refusals, strict=True) if refused is None]
-                sent = bool(good)
-                stored = iter(await jobs.insert(connection, good) if good else [])
+            async with self._database.store() as connection:
+                sent = True
+                stored = await jobs.insert(connection, batch)
+                sent = False
+                largest = await nodes.largest_by_partition(connection) if None in stored else {}
         except Unavailable as error:
             if sent:  # whether the COMMIT arrived is not known, and the client must not be told that it did
                 raise Unavailable(f"{error}; the job may have been stored: look before you post it again") from error
             raise
-        if good:
-            self._wake.set()
-        return [
-            _stored(job, *next(stored)) if refused is None else refused
-            for job, refused in zip(batch, refusals, strict=True)
-        ]
+        self._wake.set()
+        return [await self._answer(job, row, largest) for job, row in zip(batch, stored, strict=True)]
+
+    async def _answer(
+        self, job: NewJob, row: tuple[int, datetime] | None, largest: Mapping[str, int]
+    ) -> Job | Exception:
+        if row is not None:
+            return _stored(job, *row)
+        # No reason any more: a node where it fits has registered in between.
+        return refusal(job, largest) or (await self._store_together([job]))[0]
 
 
 def parts(batch: Sequence[NewJob]) -> Iterator[Sequence[NewJob]]:

@@ -7,12 +7,12 @@ import uvloop
 
 from core import role, streams
 from core.db import schema
-from core.db.connection import open_pool
+from core.db.connection import PLANNED_ONCE, Pool, open_pool
 from core.duty import repeat
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
-from services.scheduler.allocate import allocate_once
-from services.scheduler.dispatch import dispatch_once
+from services.scheduler.allocate import BATCH, allocate_once
+from services.scheduler.dispatch import UNCLAIMED_SECONDS, Outbox, dispatch_once, republish_once
 from services.scheduler.lead import lead
 from services.scheduler.reap import reap_once
 
@@ -25,18 +25,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 
 async def _schedule(settings: Settings) -> None:
-    pool = await open_pool(settings, "scheduler", POOL_SIZE)
+    pool = await open_pool(settings, "scheduler", POOL_SIZE, **PLANNED_ONCE)
     client = streams.connect(settings)
     try:
         await schema.ensure(pool)
-        allocated, wake = Wakeup(), Wakeup()
-
-        async def allocate() -> int:
-            placed = await allocate_once(pool)
-            if placed:
-                allocated.set()
-            return placed
-
+        outbox, wake = Outbox(), Wakeup()
         poll = settings.poll_seconds
         async with asyncio.TaskGroup() as group:
             group.create_task(streams.name_when_away(client, without_secrets(settings.redis_dsn)))
@@ -45,8 +38,9 @@ async def _schedule(settings: Settings) -> None:
                     settings,
                     wake,
                     [
-                        lambda: repeat("allocate", allocate, wake, poll),
-                        lambda: repeat("dispatch", lambda: dispatch_once(pool, client), allocated, poll),
+                        lambda: repeat("allocate", lambda: _allocate(pool, outbox), wake, poll),
+                        lambda: repeat("dispatch", lambda: dispatch_once(outbox, client), outbox.filled, poll),
+                        lambda: repeat("republish", lambda: republish_once(pool, client), Wakeup(), UNCLAIMED_SECONDS),
                         lambda: repeat("reap", lambda: reap_once(pool), Wakeup(), poll),
                     ],
                 )
@@ -54,6 +48,13 @@ async def _schedule(settings: Settings) -> None:
     finally:
         await client.aclose()
         pool.terminate()
+
+
+async def _allocate(pool: Pool, outbox: Outbox) -> bool:
+    """One pass, handed on; whether there may be more to place. What comes to wait meanwhile wakes the next one."""
+    placed = await allocate_once(pool)
+    outbox.put(placed)
+    return len(placed) == BATCH
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,26 +7,26 @@ import structlog
 from core.db import allocations, nodes, pending
 from core.db.connection import Pool
 from core.policy import plan
-from core.records import Capacity
+from core.records import Capacity, Dispatch
 
 BATCH = 500
 
 
-async def allocate_once(pool: Pool) -> int:
-    """One pass; answer how many jobs were given CPUs."""
+async def allocate_once(pool: Pool) -> list[Dispatch]:
+    """One pass; answer what was given CPUs, at most BATCH jobs."""
     async with pool.acquire() as connection, connection.transaction():
         free = await nodes.lock_free(connection)
         if not free:
-            return 0
+            return []
         waiting = await pending.heads(connection, room(free), BATCH)
         placements = plan(waiting, free)[:BATCH]
         if not placements:
-            return 0
+            return []
         placed = await allocations.place(connection, placements)
     log = structlog.get_logger()
     for job in placed:
         log.info("job_allocated", job_id=job.job_id, attempt=job.attempt, node=job.node, cpus=job.cpus)
-    return len(placed)
+    return [Dispatch(job.job_id, job.attempt, job.node) for job in placed]
 
 
 def room(free: Sequence[Capacity]) -> list[tuple[str, int, int]]:

@@ -1,4 +1,4 @@
-"""Reap: what was allocated and cannot start where it lies goes back to the queue, or is published again."""
+"""Reap: what was allocated and cannot start where it lies goes back to the queue."""
 
 from itertools import groupby
 
@@ -10,7 +10,6 @@ from core.records import Ending
 from core.states import Reason, State
 
 BATCH = 1000
-UNCLAIMED_SECONDS = 10
 
 
 async def reap_once(pool: Pool) -> int:
@@ -24,5 +23,4 @@ async def reap_once(pool: Pool) -> int:
             for attempt in await allocations.release(connection, endings, node=node, before=State.CONFIGURING):
                 log.warning("job_returned", job_id=attempt.job_id, attempt=attempt.attempt, node=node)
                 returned += 1
-        await allocations.forget_unclaimed(connection, UNCLAIMED_SECONDS, BATCH)
     return returned

@@ -10,7 +10,7 @@ import structlog
 
 from core import __version__
 from core.db import nodes, schema
-from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, Pool, describe, open_pool
+from core.db.connection import CONNECTION_ERRORS, PLANNED_ONCE, RETRY_SECONDS, Pool, describe, open_pool
 from core.errors import NodeNameTaken, SettingsError
 from core.records import Attempt, JobSpec, NodeSpec
 from core.settings import Settings
@@ -96,7 +96,7 @@ class Node:
 async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExitStack) -> Node:
     """Become the node's worker; what is opened for that is closed with `stack`. Raises NodeNameTaken."""
     check_spool(spool, settings.node_name)
-    pool = await open_pool(settings, "worker", POOL_SIZE)
+    pool = await open_pool(settings, "worker", POOL_SIZE, **PLANNED_ONCE)
     stack.callback(pool.terminate)
     await schema.ensure(pool)
     host, secret = describe_host(settings, identity), secrets.token_urlsafe(32)

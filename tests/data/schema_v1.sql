@@ -118,14 +118,12 @@ CREATE UNIQUE INDEX pending_by_job ON pending (job_id);
 
 -- The ledger: who holds how many CPUs of which node. Written by place and release alone.
 CREATE TABLE allocations (
-    job_id          bigint PRIMARY KEY,
-    node            text NOT NULL REFERENCES nodes,
-    attempt         integer NOT NULL,
-    cpus            integer NOT NULL CHECK (cpus > 0),
-    dispatched_time timestamptz
+    job_id  bigint PRIMARY KEY,
+    node    text NOT NULL REFERENCES nodes,
+    attempt integer NOT NULL,
+    cpus    integer NOT NULL CHECK (cpus > 0)
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX allocations_by_node ON allocations (node);
-CREATE INDEX allocations_undispatched ON allocations (job_id) WHERE dispatched_time IS NULL;
 
 -- Every committed transition. A sequence is not the order of commits: readers go by (xact, seq) and stop
 -- below pg_snapshot_xmin(pg_current_snapshot()).
