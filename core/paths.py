@@ -1,20 +1,17 @@
 """Where a job works and writes: one pure answer for the worker that opens the files and the API that shows them."""
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from core.patterns import expand
-
-NULL_DEVICE = PurePosixPath("/dev/null")
 
 
 @dataclass(frozen=True, slots=True)
 class JobPaths:
-    """Absolute paths on the job's node. The two outputs are one path when stderr joins stdout."""
+    """Absolute paths on the job's node, without empty names. The two outputs are one when stderr joins stdout."""
 
-    working_directory: PurePosixPath
-    standard_output: PurePosixPath
-    standard_error: PurePosixPath
+    working_directory: str
+    standard_output: str
+    standard_error: str
 
 
 def resolve(
@@ -30,12 +27,17 @@ def resolve(
     standard_error: str | None,
 ) -> JobPaths:
     """Resolve what was submitted: relative working directories lie under `work_base_dir`, outputs under the former."""
-    base = PurePosixPath(work_base_dir)
-    working_directory = base / (current_working_directory or str(job_id))
+    working_directory = _below(work_base_dir, current_working_directory or str(job_id))
 
-    def output(pattern: str) -> PurePosixPath:
+    def output(pattern: str) -> str:
         words = expand(pattern, job_id=job_id, name=name, user=user, node=node, restart_cnt=restart_cnt)
-        return working_directory / words
+        return _below(working_directory, words)
 
     stdout = output(standard_output)
     return JobPaths(working_directory, stdout, stdout if standard_error is None else output(standard_error))
+
+
+def _below(folder: str, path: str) -> str:
+    """`path` itself when it is absolute. By hand: it is in the way of each start, and pathlib takes its time."""
+    whole = path if path.startswith("/") else f"{folder}/{path}"
+    return "/" + "/".join(name for name in whole.split("/") if name not in ("", "."))

@@ -81,9 +81,10 @@ class Reader:
         self._stream = stream_of(node)
         self._node = node
         self._replay = True
+        self._done: list[bytes] = []
 
     async def read(self, limit: int) -> list[Message]:
-        """The next messages, at most `limit`; empty after BLOCK_MS without one.
+        """The next messages, at most `limit`; empty after BLOCK_MS without one. First, what is done is taken away.
 
         Entries that are no message are dropped.
         """
@@ -91,27 +92,30 @@ class Reader:
             await ensure_group(self._client, self._node)
         start = "0" if self._replay else ">"
         replaying, self._replay = self._replay, True
-        answer = await self._client.xreadgroup(
-            GROUP, self._node, {self._stream: start}, count=limit, block=None if replaying else BLOCK_MS
-        )
+        pipeline = self._client.pipeline(transaction=False)
+        done, self._done = self._done, []
+        if done:
+            pipeline.xack(self._stream, GROUP, *done)
+            pipeline.xdel(self._stream, *done)
+        block = None if replaying else BLOCK_MS
+        pipeline.xreadgroup(GROUP, self._node, {self._stream: start}, count=limit, block=block)
+        *_, answer = await pipeline.execute()
         entries = [entry for _, entries in _pairs(answer) for entry in entries]
         self._replay = replaying and bool(entries)
         messages = [(entry_id, _parse(entry_id, fields)) for entry_id, fields in entries]
-        await self.done([entry_id for entry_id, message in messages if message is None])
+        self.done([entry_id for entry_id, message in messages if message is None])
         return [message for _, message in messages if message is not None]
 
     def replay(self) -> None:
         """Read what is not acknowledged again: something went wrong with it."""
         self._replay = True
 
-    async def done(self, entry_ids: Sequence[bytes]) -> None:
-        """Acknowledge and delete entries, right after the commit that made them old."""
-        if not entry_ids:
-            return
-        pipeline = self._client.pipeline(transaction=False)
-        pipeline.xack(self._stream, GROUP, *entry_ids)
-        pipeline.xdel(self._stream, *entry_ids)
-        await pipeline.execute()
+    def done(self, entry_ids: Sequence[bytes]) -> None:
+        """Acknowledge and delete entries whose commit has made them old, on the way of the next read.
+
+        One that is not taken away, whatever happens until then, is read once more and finds itself old.
+        """
+        self._done += entry_ids
 
 
 def _pairs(answer: object) -> Iterable[tuple[bytes, list[tuple[bytes, dict[bytes, bytes] | None]]]]:

@@ -79,18 +79,15 @@ async def register(connection: Connection, spec: NodeSpec | None = None, *, leas
 
 async def allocate(connection: Connection) -> list[Attempt]:
     """One pass over all that waits; answer what got CPUs."""
-    async with connection.transaction():
-        free = await nodes.lock_free(connection)
-        waiting = await pending.heads(connection, room(free), 1000)
-        placed = await allocations.place(connection, plan(waiting, free))
+    free = await nodes.free(connection)
+    waiting = await pending.heads(connection, room(free), 1000)
+    placed = await allocations.place(connection, plan(waiting, free))
     return [Attempt(job.job_id, job.attempt) for job in placed]
 
 
 async def give(connection: Connection, job_id: int, node: str = "n1", cpus: int = 1) -> Attempt:
     """Give one job the CPUs of a node, whatever else waits."""
-    async with connection.transaction():
-        await nodes.lock_free(connection)
-        [placed] = await allocations.place(connection, [Placement(job_id, node, cpus)])
+    [placed] = await allocations.place(connection, [Placement(job_id, node, cpus)])
     return Attempt(placed.job_id, placed.attempt)
 
 

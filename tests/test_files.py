@@ -24,8 +24,19 @@ def root(tmp_path: Path) -> Path:
 
 
 def put(root: Path, path: Path, text: str, *, append: bool = False) -> None:
-    with os.fdopen(files.open_output([root], path, append=append), "w") as file:
-        file.write(text)
+    with files.Places([root]) as places:
+        os.write(places.output(str(path), append=append), text.encode())
+
+
+def open_output(root: Path, path: Path | str) -> None:
+    """Open an output file, and close it."""
+    with files.Places([root]) as places:
+        places.output(str(path), append=False)
+
+
+def make_folder(root: Path, path: Path) -> None:
+    with files.Places([root]) as places:
+        places.folder(str(path))
 
 
 def test_missing_folders_are_made(root: Path) -> None:
@@ -43,20 +54,20 @@ def test_truncates_or_appends(root: Path) -> None:
 
 
 def test_the_job_gets_an_ordinary_descriptor(root: Path) -> None:
-    fd = files.open_output([root], root / "out", append=False)
-    try:
-        assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
-        assert not os.get_inheritable(fd)
-    finally:
-        os.close(fd)
+    for _ in ("made", "found"):
+        with files.Places([root]) as places:
+            fd = places.output(str(root / "out"), append=False)
+            assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+            assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND
+            assert not os.get_inheritable(fd)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "relative", "/", "{root}/../outside/x", "{root}", "{root}x/y"])
 def test_outside_is_refused(root: Path, path: str) -> None:
     with pytest.raises(FileRefused):
-        files.open_output([root], Path(path.format(root=root)), append=False)
+        open_output(root, path.format(root=root))
     with pytest.raises(FileRefused):
-        files.open_for_reading([root], Path(path.format(root=root)))
+        files.open_for_reading([root], path.format(root=root))
     assert not list((root.parent / "outside").iterdir())
 
 
@@ -69,11 +80,11 @@ def test_links_are_not_followed(root: Path, path: str) -> None:
     (root / "dangling").symlink_to(outside / "new")
     (root / "loop").symlink_to(root / "loop")
     with pytest.raises(FileRefused, match="symbolic link"):
-        files.open_output([root], root / path, append=False)
+        open_output(root, root / path)
     with pytest.raises(FileRefused):
-        files.open_for_reading([root], root / path)
+        files.open_for_reading([root], str(root / path))
     with pytest.raises(FileRefused):
-        files.make_directory([root], root / path)
+        make_folder(root, root / path)
     assert [p.name for p in outside.iterdir()] == ["secret"]
     assert (outside / "secret").read_text() == "secret"
 
@@ -105,7 +116,7 @@ def test_a_folder_swapped_for_a_link_is_never_followed(root: Path) -> None:
     try:
         for _ in range(2000):
             try:
-                os.close(files.open_output([root], folder / "out", append=False))
+                open_output(root, folder / "out")
             except (FileRefused, FileNotFoundError):
                 continue
     finally:
@@ -126,9 +137,9 @@ def test_only_regular_files(root: Path) -> None:
             os.chdir(here)
         for name in ("fifo", "folder", "socket"):
             with pytest.raises(FileRefused, match=name):
-                files.open_output([root], root / name, append=False)
+                open_output(root, root / name)
             with pytest.raises(FileRefused, match=name):
-                files.open_for_reading([root], root / name)
+                files.open_for_reading([root], str(root / name))
 
 
 def test_a_fifo_with_a_reader_is_refused_as_well(root: Path) -> None:
@@ -136,22 +147,22 @@ def test_a_fifo_with_a_reader_is_refused_as_well(root: Path) -> None:
     reader = os.open(root / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     try:
         with pytest.raises(FileRefused, match="FIFO"):
-            files.open_output([root], root / "fifo", append=False)
+            open_output(root, root / "fifo")
     finally:
         os.close(reader)
 
 
 def test_the_null_device_is_allowed_by_its_name_only(root: Path) -> None:
-    os.close(files.open_output([root], Path("/dev/null"), append=False))
+    open_output(root, "/dev/null")
     with pytest.raises(FileRefused):
-        files.open_output([root], Path("/dev/zero"), append=False)
+        open_output(root, "/dev/zero")
 
 
 def test_a_full_or_missing_disk_is_no_refusal(root: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        files.open_for_reading([root], root / "missing/out")
+        files.open_for_reading([root], str(root / "missing/out"))
     with pytest.raises(OSError, match="too long"):
-        files.open_output([root], root / ("x" * 300), append=False)
+        open_output(root, root / ("x" * 300))
 
 
 def test_no_descriptor_is_lost(root: Path) -> None:
@@ -159,16 +170,16 @@ def test_no_descriptor_is_lost(root: Path) -> None:
     (root / "link").symlink_to("/etc")
     for path in (root / "a/b/c", root / "link/x", root / "link", Path("/etc/passwd")):
         try:
-            os.close(files.open_output([root], path, append=False))
+            open_output(root, path)
         except FileRefused:
             continue
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_make_directory(root: Path) -> None:
-    files.make_directory([root], root / "a/b")
-    files.make_directory([root], root / "a/b")
-    files.make_directory([root], root)
+    make_folder(root, root / "a/b")
+    make_folder(root, root / "a/b")
+    make_folder(root, root)
     assert (root / "a/b").is_dir()
 
 

@@ -222,15 +222,13 @@ def test_much_output(job: Job) -> None:
 
 def test_a_folder_by_its_descriptor(job: Job) -> None:
     async def main() -> None:
-        fd = files.open_directory([job.folder], job.folder / "work")
-        (job.folder / "work").rename(job.folder / "moved")
-        (job.folder / "work").symlink_to("/")
-        try:
+        with files.Places([job.folder]) as places:
+            folder = places.folder(str(job.folder / "work"))
+            (job.folder / "work").rename(job.folder / "moved")
+            (job.folder / "work").symlink_to("/")
             started = await process.start(
-                ["/bin/sh", "-c", "echo here > file"], env={}, cwd=fd, stdout_fd=2, stderr_fd=2, tag=1, mark="m"
+                ["/bin/sh", "-c", "echo here > file"], env={}, cwd=folder, stdout_fd=2, stderr_fd=2, tag=1, mark="m"
             )
-        finally:
-            os.close(fd)
         assert await started.wait() == Exit(0, None)
         await sweep(started)
 

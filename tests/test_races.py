@@ -12,7 +12,7 @@ import pytest
 from core.db import allocations, jobs, nodes
 from core.db.audit import audit
 from core.db.connection import Pool, open_pool
-from core.records import Attempt, Ending, Placement
+from core.records import Attempt, Dispatch, Ending, Placement
 from core.settings import Settings
 from core.states import FINAL, Reason, State
 from services.scheduler.allocate import allocate_once
@@ -315,21 +315,36 @@ async def test_a_cancel_that_finds_its_job_placed_is_told_so(connection: asyncpg
     assert await state_of(connection, job_id) is State.CONFIGURING
 
 
-async def test_what_a_release_returns_meanwhile_is_given_to_nobody_twice(
+async def test_a_pass_waits_for_a_release_and_reckons_with_what_that_left(
     connection: asyncpg.Connection, pool: Pool, two: Any
 ) -> None:
-    """A pass waits for the node that a release holds, and reckons with what is free then."""
+    """The node came back smaller: what the release returns is not free."""
     await register(connection, a_node("n1", 4))
-    await submit(connection, a_job(3), a_job(4))
+    await submit(connection, a_job(3))
     [held] = await allocate(connection)
     await start(connection, held)
+    await submit(connection, a_job(1))
     async with two[0].transaction():
-        await finish(two[0], held)
-        # The node is full but for one CPU until the release commits: no job fits it, and only then the second one does.
+        await two[0].execute("UPDATE nodes SET declared_cpus = 1, cpus = 3")
         task = asyncio.create_task(allocate_once(pool))
         await blocked(connection)
-    assert len(await task) == 1
-    assert await connection.fetchval("SELECT alloc_cpus FROM nodes") == 4
+    assert await task == []
+    await finish(connection, held)
+    assert len(await allocate_once(pool)) == 1
+    assert await connection.fetchval("SELECT alloc_cpus FROM nodes") == 1
+
+
+async def test_a_pass_gives_nothing_to_a_node_that_was_drained_meanwhile(
+    connection: asyncpg.Connection, pool: Pool, two: Any
+) -> None:
+    await register(connection)
+    [job_id] = await submit(connection)
+    async with two[0].transaction():
+        await two[0].execute("UPDATE nodes SET admin_state = 'DRAIN'")
+        task = asyncio.create_task(allocate_once(pool))
+        await blocked(connection)
+    assert await task == []
+    assert await state_of(connection, job_id) is State.PENDING
 
 
 async def test_a_release_that_waits_for_a_pass_reckons_with_what_that_took(
@@ -346,17 +361,17 @@ async def test_a_release_that_waits_for_a_pass_reckons_with_what_that_took(
 
 
 async def test_passes_wait_for_each_other(connection: asyncpg.Connection, pool: Pool, two: Any) -> None:
-    """The second pass sees what the first one left: this is what locking the nodes in a statement before is for."""
+    """The second pass, which decided by what was there before, is held against what the first one left."""
     await register(connection, a_node("n1", 8))
-    await submit(connection, *[a_job(5)] * 2)
+    await register(connection, a_node("n2", 8))
+    first, second, third = await submit(connection, a_job(5), a_job(5), a_job(5))
     async with two[0].transaction():
-        assert [capacity.free_cpus for capacity in await nodes.lock_free(two[0])] == [8]
-        task = asyncio.create_task(allocate_once(pool))
+        await allocations.place(two[0], [Placement(third, "n1", 5)])
+        task = asyncio.create_task(allocate_once(pool))  # decides for the first on n1, and the second on n2
         await blocked(connection)
-        [first, _] = await connection.fetch("SELECT job_id FROM pending ORDER BY job_id")
-        await allocations.place(two[0], [Placement(first["job_id"], "n1", 5)])
-    assert len(await task) == 0
-    assert await connection.fetchval("SELECT alloc_cpus FROM nodes") == 5
+    assert await task == [Dispatch(second, 1, "n2")]
+    assert await state_of(connection, first) is State.PENDING
+    assert await connection.fetch("SELECT alloc_cpus FROM nodes") == [(5,), (5,)]
 
 
 # Fences

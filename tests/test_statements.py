@@ -169,7 +169,7 @@ HOT: dict[str, Use] = {
     "cancel_waiting": lambda c, n: jobs.cancel_waiting(c, WAITING[n]),
     "request_cancel": lambda c, n: jobs.request_cancel(c, Attempt(WAITING[n], 1)),
     "heads": lambda c, n: pending.heads(c, [("default", n, n)], BATCH),
-    "lock_free": lambda c, n: nodes.lock_free(c),
+    "free": lambda c, n: nodes.free(c),
     "place": lambda c, n: allocations.place(c, [Placement(job_id, "n1", 1) for job_id in WAITING[:n]]),
     "unclaimed": lambda c, n: allocations.unclaimed(c, 10, n),
     "start": lambda c, n: jobs.start(c, attempts(n), node="n1", incarnation=1),

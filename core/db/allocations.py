@@ -9,28 +9,31 @@ from core.states import FINAL, State, is_legal
 
 _PLACE = """
 WITH input AS (
-    SELECT * FROM unnest($1::bigint[], $2::text[], $3::int[]) AS t (job_id, node, cpus)
+    SELECT * FROM unnest($1::bigint[], $2::text[]) AS t (job_id, node)
 ), locked AS (
-    SELECT j.job_id FROM jobs j JOIN input USING (job_id) WHERE j.state = 'PENDING'
+    SELECT j.job_id, j.cpus, i.node FROM jobs j JOIN input i USING (job_id) WHERE j.state = 'PENDING'
     ORDER BY j.job_id FOR NO KEY UPDATE OF j SKIP LOCKED
+), charged AS (
+    -- Whoever holds a node is waited for, and its row asked again: what it left must have room for all of this.
+    UPDATE nodes n SET alloc_cpus = n.alloc_cpus + t.cpus
+    FROM (SELECT node, sum(cpus)::int AS cpus FROM locked GROUP BY node ORDER BY node) t
+    WHERE n.name = t.node AND n.admin_state = 'RESUME' AND n.alloc_cpus + t.cpus <= n.cpus
+    RETURNING n.name
 ), moved AS (
     UPDATE jobs j SET state = 'CONFIGURING', state_reason = 'None', state_description = NULL,
-                      attempt = j.attempt + 1, node = i.node, allocate_time = clock_timestamp()
-    FROM input i JOIN locked USING (job_id)
-    WHERE j.job_id = i.job_id AND j.state = 'PENDING'
+                      attempt = j.attempt + 1, node = l.node, allocate_time = clock_timestamp()
+    FROM locked l JOIN charged c ON c.name = l.node
+    WHERE j.job_id = l.job_id AND j.state = 'PENDING'
     RETURNING j.job_id, j.attempt, j.node, j.cpus, j.allocate_time
 ), dequeued AS (
     DELETE FROM pending p USING moved m WHERE p.job_id = m.job_id
 ), taken AS (
     INSERT INTO allocations (job_id, node, attempt, cpus) SELECT job_id, node, attempt, cpus FROM moved
-), charged AS (
-    UPDATE nodes n SET alloc_cpus = n.alloc_cpus + t.cpus
-    FROM (SELECT node, sum(cpus)::int AS cpus FROM moved GROUP BY node) t WHERE n.name = t.node
 ), logged AS (
     INSERT INTO job_events (job_id, attempt, from_state, to_state, reason, node, time)
     SELECT job_id, attempt, 'PENDING', 'CONFIGURING', 'None', node, allocate_time FROM moved
 )
-SELECT job_id, attempt, node, cpus FROM moved
+SELECT job_id, attempt, node, cpus FROM moved ORDER BY job_id
 """
 
 
@@ -45,16 +48,12 @@ class Placed:
 
 
 async def place(connection: Connection, placements: Sequence[Placement]) -> list[Placed]:
-    """Give jobs their CPUs: PENDING to CONFIGURING, attempt + 1. The caller holds the nodes (`nodes.lock_free`).
+    """Give jobs their CPUs: PENDING to CONFIGURING, attempt + 1; answer those that got them.
 
-    Never waits for a job: one that somebody else holds, or that waits no longer, is not among the answers.
+    The decision may be older than what is there. A job that somebody else holds, or that waits no longer, is passed
+    over; a node that has no room for all that was to come to it, or takes no more, gets nothing.
     """
-    rows = await connection.fetch(
-        _PLACE,
-        [placement.job_id for placement in placements],
-        [placement.node for placement in placements],
-        [placement.cpus for placement in placements],
-    )
+    rows = await connection.fetch(_PLACE, [p.job_id for p in placements], [p.node for p in placements])
     return [Placed(*row) for row in rows]
 
 

@@ -126,23 +126,18 @@ async def resume_itself(connection: Connection, node: str, incarnation: int) -> 
     return bool(await connection.fetchval(_RESUME_ITSELF, node, incarnation))
 
 
-_LOCK_FREE = """
+_FREE = """
 SELECT n.name, n.partitions, n.cpus - n.alloc_cpus
 FROM nodes n JOIN node_leases l ON l.node = n.name
 WHERE n.alloc_cpus < n.cpus AND n.admin_state = 'RESUME' AND NOT l.draining AND l.lease_until > clock_timestamp()
   -- By the index: a look from the table's start passes all that was taken out since the last vacuum.
   AND (SELECT job_id FROM pending ORDER BY job_id LIMIT 1) IS NOT NULL
-ORDER BY n.name FOR NO KEY UPDATE OF n
 """
 
 
-async def lock_free(connection: Connection) -> list[Capacity]:
-    """Lock every node that has free CPUs and may be given work, in the order of names; answer what is free.
-
-    It waits for a node that somebody else holds: one that were skipped would hide capacity. The capacity returned is
-    that of the locked row, so nothing can change it before the end of the caller's transaction.
-    """
-    rows = await connection.fetch(_LOCK_FREE)
+async def free(connection: Connection) -> list[Capacity]:
+    """Every node that has free CPUs and may be given work; none while no job waits. `place` asks again."""
+    rows = await connection.fetch(_FREE)
     return [Capacity(row[0], frozenset(row[1]), row[2]) for row in rows]
 
 

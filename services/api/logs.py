@@ -48,7 +48,7 @@ def _goes_nowhere(job: Job, stream: str) -> bool:
     if paths is None:
         return False
     path = paths.standard_output if stream == "stdout" else paths.standard_error
-    return str(path) == NULL_DEVICE
+    return path == NULL_DEVICE
 
 
 async def _pass_on(

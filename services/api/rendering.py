@@ -74,9 +74,9 @@ def job_document(job: Job) -> JobDocument:
         "cancel_requested_time": _when(job.cancel_requested_time),
         "exit_code": job.exit_code,
         "signal": job.signal,
-        "current_working_directory": str(paths.working_directory) if paths else job.current_working_directory,
-        "standard_output": str(paths.standard_output) if paths else job.standard_output,
-        "standard_error": str(paths.standard_error) if paths else job.standard_error,
+        "current_working_directory": paths.working_directory if paths else job.current_working_directory,
+        "standard_output": paths.standard_output if paths else job.standard_output,
+        "standard_error": paths.standard_error if paths else job.standard_error,
         "comment": job.comment,
     }
 

@@ -1,4 +1,8 @@
-"""Allocate: one transaction locks the nodes, looks at what waits, decides, and applies the decision."""
+"""Allocate: look at what is free and what waits, decide, and apply the decision in one transaction, under row locks.
+
+No lock is held between two statements: `place` holds the decision against what is there by then, and every change
+after the look is followed by a wake-up, so by another pass.
+"""
 
 from collections.abc import Sequence
 
@@ -14,8 +18,8 @@ BATCH = 500
 
 async def allocate_once(pool: Pool) -> list[Dispatch]:
     """One pass; answer what was given CPUs, at most BATCH jobs."""
-    async with pool.acquire() as connection, connection.transaction():
-        free = await nodes.lock_free(connection)
+    async with pool.acquire() as connection:
+        free = await nodes.free(connection)
         if not free:
             return []
         waiting = await pending.heads(connection, room(free), BATCH)

@@ -17,13 +17,13 @@ Begin = Callable[[Run], None]
 
 
 async def consume_once(node: Node, reader: Reader, begin: Begin) -> int:
-    """Read the stream, start what it speaks of, and acknowledge right after that commit."""
+    """Read the stream, start what it speaks of, and acknowledge after that commit."""
     messages = await reader.read(BATCH)
     try:
         await start(node, [message.attempt for message in messages if message.kind == "run"], begin)
         if any(message.kind == "cancel" for message in messages):
             node.look.set()
-        await reader.done([message.entry_id for message in messages])
+        reader.done([message.entry_id for message in messages])
     except BaseException:
         reader.replay()
         raise
@@ -58,10 +58,10 @@ async def look_once(node: Node, begin: Begin) -> int:
     for attempt, run in list(node.runs.items()):
         holding = held.get(attempt)
         if holding is not None and holding.cancel_requested:
-            run.cancelled.set()
+            run.cancel()
         elif holding is None and attempt in node.runs and not await _is_current(node, attempt):
             run.fenced = True
-            run.stopped.set()
+            run.stop()
     waiting = [attempt for attempt, h in held.items() if h.state is State.CONFIGURING]
     await start(node, waiting, begin)
     return 0

@@ -3,7 +3,6 @@
 import hmac
 import os
 import socket
-from pathlib import Path
 
 from aiohttp import web
 
@@ -69,7 +68,7 @@ class FileServer:
     def _open(self, job: Job, stream: str) -> int:
         paths = paths_of(self._settings, self._host, job)
         path = paths.standard_output if stream == "stdout" else paths.standard_error
-        return files.open_for_reading(self._settings.roots, Path(path))
+        return files.open_for_reading(self._settings.roots, path)
 
 
 async def _send(request: web.Request, descriptor: int | None) -> web.StreamResponse:

@@ -6,18 +6,20 @@ followed. The allowed folders themselves belong to the operator: links on the wa
 
 import errno
 import fcntl
+import functools
 import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 from core.errors import RowlockError
 from services.worker.process import LaunchFailed
 
-NULL: Final = Path("/dev/null")
+NULL: Final = "/dev/null"
 MAX_SHEBANG: Final = 255
 """Bytes of a first line that the kernel looks at (BINPRM_BUF_SIZE less one)."""
 
@@ -25,111 +27,136 @@ MAX_SHEBANG: Final = 255
 _SHEBANG: Final = re.compile(r"#![ \t]*([^ \t]+)(?:[ \t]+(.*?))?[ \t]*", re.DOTALL)
 # O_PATH: a folder that one may pass through, but not list, is good enough.
 _FOLDER: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW: Final = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: the open of a FIFO must not hang; what came of it is looked at afterwards.
-_FILE: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_FOUND: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class FileRefused(RowlockError):
     """A path that a job may not use: outside the allowed folders, a symbolic link, or no regular file."""
 
 
-def open_output(roots: Sequence[Path], path: Path, *, append: bool) -> int:
-    """Open an output file below one of `roots` for writing; the caller closes the descriptor.
+class Places:
+    """The folders and output files of one start, below `roots`: each folder is walked to once.
 
-    Missing folders are made. Emptied unless `append`. Writes always go to the end (O_APPEND, as in Slurm),
-    so two descriptors of one file never overwrite each other. ``/dev/null`` is allowed, spelled so. Raises
+    A context manager: at its end every descriptor is closed, those of the child are its own by then. Raises
     FileRefused and OSError.
     """
-    if path == NULL:
-        return os.open(NULL, os.O_WRONLY | os.O_CLOEXEC)
-    with _parent(roots, path, create=True) as folder:
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = roots
+        self._folders: dict[str, int] = {}
+        self._outputs: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        for descriptor in (*self._folders.values(), *self._outputs.values()):
+            os.close(descriptor)
+
+    def folder(self, path: str) -> int:
+        """A descriptor (O_PATH) of a folder at or below a root, made if missing.
+
+        Given to `process.start` as its `cwd`, the job works in this very folder whatever happens to its path
+        meanwhile.
+        """
+        if path not in self._folders:
+            self._folders[path] = _walk(*_located(self._roots, path), create=True)
+        return self._folders[path]
+
+    def output(self, path: str, *, append: bool) -> int:
+        """An output file open for writing; missing folders are made. Emptied unless `append`.
+
+        Writes always go to the end (O_APPEND, as in Slurm), so two descriptors of one file never overwrite each
+        other. ``/dev/null`` is allowed, spelled so.
+        """
+        if path not in self._outputs:
+            self._outputs[path] = self._open(path, append=append)
+        return self._outputs[path]
+
+    def _open(self, path: str, *, append: bool) -> int:
+        if path == NULL:
+            return os.open(NULL, os.O_WRONLY | os.O_CLOEXEC)
+        above, _, name = path.rpartition("/")
+        folder = self.folder(above or "/")
+        with suppress(FileExistsError):
+            return os.open(name, os.O_WRONLY | os.O_APPEND | _NEW, 0o644, dir_fd=folder)
         # Not O_TRUNC: the file is emptied only once it is known to be one.
-        fd = _open_regular(folder, path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    with _closed_on_error(fd):
-        if not append:
-            os.ftruncate(fd, 0)
-    return fd
+        descriptor = _open_regular(folder, path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        with _closed_on_error(descriptor):
+            if not append:
+                os.ftruncate(descriptor, 0)
+        return descriptor
 
 
-def open_for_reading(roots: Sequence[Path], path: Path) -> int:
+def open_for_reading(roots: Sequence[Path], path: str) -> int:
     """Open a regular file below one of `roots`; the caller closes it. Raises FileRefused and OSError."""
-    with _parent(roots, path, create=False) as folder:
-        return _open_regular(folder, path, os.O_RDONLY)
-
-
-def open_directory(roots: Sequence[Path], path: Path) -> int:
-    """A descriptor (O_PATH) of a folder at or below one of `roots`, made if missing; the caller closes it.
-
-    Given to `process.start` as its `cwd`, the job works in this very folder whatever happens to its path
-    meanwhile. Raises FileRefused and OSError.
-    """
-    root, names = _located(roots, path)
-    return _walk(root, names, create=True)
-
-
-def make_directory(roots: Sequence[Path], path: Path) -> None:
-    """Make a folder at or below one of `roots`, with those above it. Raises FileRefused and OSError."""
-    os.close(open_directory(roots, path))
-
-
-@contextmanager
-def _parent(roots: Sequence[Path], path: Path, *, create: bool) -> Iterator[int]:
     root, names = _located(roots, path)
     if not names:
         raise FileRefused(f"{path} is a folder")
-    fd = _walk(root, names[:-1], create=create)
+    folder = _walk(root, names[:-1], create=False)
     try:
-        yield fd
+        return _open_regular(folder, path, os.O_RDONLY)
     finally:
-        os.close(fd)
+        os.close(folder)
 
 
-def _located(roots: Sequence[Path], path: Path) -> tuple[Path, tuple[str, ...]]:
-    """The real path of the root that `path` lies in, as its spelling says, and the names below it."""
-    if not path.is_absolute() or ".." in path.parts or "\0" in str(path):
+def _located(roots: Sequence[Path], path: str) -> tuple[str, list[str]]:
+    """The root that `path` lies in, as its spelling says, and the names below it."""
+    if not path.startswith("/") or ".." in path.split("/") or "\0" in path:
         raise FileRefused(f"{path} must be an absolute path without '..'")
     for root in roots:
-        real = root.resolve()
-        for spelled in (root, real):
-            if path.is_relative_to(spelled):
-                return real, path.relative_to(spelled).parts
+        for spelled in _spellings(root):
+            if path == spelled or path.startswith(f"{spelled}/"):
+                return spelled or "/", [name for name in path[len(spelled) :].split("/") if name]
     raise FileRefused(f"{path} lies outside the allowed folders ({', '.join(map(str, roots))})")
 
 
-def _walk(root: Path, names: Sequence[str], *, create: bool) -> int:
-    fd = os.open(root, _FOLDER)
-    for depth, name in enumerate(names):
+@functools.cache
+def _spellings(root: Path) -> tuple[str, ...]:
+    """How paths below a root may begin: as the operator wrote it, and as it really is."""
+    return tuple({str(root).rstrip("/"): None, str(root.resolve()).rstrip("/"): None})
+
+
+def _walk(root: str, names: Sequence[str], *, create: bool) -> int:
+    fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    for depth, name in enumerate(names, 1):
         try:
-            below = _enter(fd, name, root.joinpath(*names[: depth + 1]), create=create)
+            below = _enter(fd, name, "/".join((root, *names[:depth])), create=create)
         finally:
             os.close(fd)
         fd = below
     return fd
 
 
-def _enter(fd: int, name: str, path: Path, *, create: bool) -> int:
-    if create:
-        with suppress(FileExistsError):
-            os.mkdir(name, 0o755, dir_fd=fd)
+def _enter(fd: int, name: str, path: str, *, create: bool) -> int:
     try:
         return os.open(name, _FOLDER, dir_fd=fd)
+    except FileNotFoundError:
+        if not create:
+            raise
+        with suppress(FileExistsError):
+            os.mkdir(name, 0o755, dir_fd=fd)
+        return _enter(fd, name, path, create=False)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise FileRefused(f"{path} is {_kind(fd, name)}, not a folder") from error
         raise
 
 
-def _open_regular(folder: int, path: Path, flags: int) -> int:
+def _open_regular(folder: int, path: str, flags: int) -> int:
+    name = path.rpartition("/")[2]
     try:
-        fd = os.open(path.name, flags | _FILE, 0o644, dir_fd=folder)
+        fd = os.open(name, flags | _FOUND, 0o644, dir_fd=folder)
     except OSError as error:
         # ELOOP a link, EISDIR a folder, ENXIO a FIFO nobody reads or a socket, ENODEV a dead device
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV):
-            raise FileRefused(f"{path} is {_kind(folder, path.name)}, not a regular file") from error
+            raise FileRefused(f"{path} is {_kind(folder, name)}, not a regular file") from error
         raise
     with _closed_on_error(fd):
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise FileRefused(f"{path} is {_kind(folder, path.name)}, not a regular file")
+            raise FileRefused(f"{path} is {_kind(folder, name)}, not a regular file")
         # The job inherits this open file: it should find an ordinary one.
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
     return fd
@@ -172,37 +199,42 @@ def write_script(script_dir: Path, job_id: int, attempt: int, text: str) -> Path
     the folder, and OSError.
     """
     path = script_path(script_dir, job_id, attempt)
-    with _private(script_dir) as folder:
-        with suppress(FileNotFoundError):
-            os.unlink(path.name, dir_fd=folder)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(path.name, flags, 0o700, dir_fd=folder)
-        try:
-            with open(fd, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-        except BaseException:
-            os.unlink(path.name, dir_fd=folder)
-            raise
+    _check_private(script_dir)
+    try:
+        fd = os.open(path, os.O_WRONLY | _NEW, 0o700)
+    except FileExistsError:
+        os.unlink(path)
+        fd = os.open(path, os.O_WRONLY | _NEW, 0o700)
+    try:
+        _write_all(fd, text.encode())
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
     return path
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def remove_script(script_dir: Path, job_id: int, attempt: int) -> None:
     """Remove the script of an attempt, if it is there."""
-    script_path(script_dir, job_id, attempt).unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        os.unlink(script_path(script_dir, job_id, attempt))
 
 
-@contextmanager
-def _private(script_dir: Path) -> Iterator[int]:
-    script_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(script_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def _check_private(script_dir: Path) -> None:
     try:
-        mode = os.fstat(fd).st_mode
-        # With the sticky bit, as in /tmp, nobody else can replace a file of ours.
-        if mode & 0o022 and not mode & stat.S_ISVTX:
-            raise FileRefused(f"other users may write in {script_dir}: they could replace scripts")
-        yield fd
-    finally:
-        os.close(fd)
+        mode = os.stat(script_dir).st_mode
+    except FileNotFoundError:
+        script_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = os.stat(script_dir).st_mode
+    # With the sticky bit, as in /tmp, nobody else can replace a file of ours.
+    if mode & 0o022 and not mode & stat.S_ISVTX:
+        raise FileRefused(f"other users may write in {script_dir}: they could replace scripts")
 
 
 def command_for(script_path: Path, script_text: str) -> list[str]:

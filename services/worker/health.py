@@ -59,7 +59,7 @@ async def end_after_silence_once(node: Node) -> int:
     if asyncio.get_running_loop().time() - node.heard < node.settings.requeue_after:
         return 0
     for run in node.runs.values():
-        if run.spec.requeue and not run.stopped.is_set():
+        if run.spec.requeue and not run.stopped:
             structlog.get_logger().warning("job_ended_in_silence", job_id=run.spec.job_id, attempt=run.spec.attempt)
-            run.stopped.set()
+            run.stop()
     return 0

@@ -52,5 +52,5 @@ def command_and_environment(
     host: Host, spec: JobSpec, paths: JobPaths, script: Path
 ) -> tuple[list[str], dict[str, str]]:
     """The argument vector and the whole environment of a job whose script lies at `script`. Raises LaunchFailed."""
-    environment = job_environment(spec, host=host, directory=str(paths.working_directory))
+    environment = job_environment(spec, host=host, directory=paths.working_directory)
     return command_for(script, spec.script), environment

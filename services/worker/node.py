@@ -3,8 +3,10 @@
 import asyncio
 import os
 import secrets
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import structlog
 
@@ -45,16 +47,40 @@ class Run:
     """Seconds that it had been running for when this worker began to wait for it."""
     over: bool = False
     """Its script has ended, or was never started: what is left is to report it."""
-    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
-    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: bool = False
+    stopped: bool = False
     fenced: bool = False
     lost: str | None = None
     """Why nobody can tell whether it ran, for one that an earlier worker left."""
+    _patience: asyncio.Timeout | None = None
 
     @property
     def attempt(self) -> Attempt:
         """What it is an attempt of."""
         return Attempt(self.spec.job_id, self.spec.attempt)
+
+    def cancel(self) -> None:
+        """End it: its cancel is requested."""
+        self.cancelled = True
+        self._hurry()
+
+    def stop(self) -> None:
+        """End it: this worker stops, or must give it up."""
+        self.stopped = True
+        self._hurry()
+
+    @asynccontextmanager
+    async def patience(self, seconds: float | None) -> AsyncIterator[None]:
+        """Raise TimeoutError in the block after so many seconds, or as soon as it is to end."""
+        try:
+            async with asyncio.timeout(0 if self.cancelled or self.stopped else seconds) as self._patience:
+                yield
+        finally:
+            self._patience = None
+
+    def _hurry(self) -> None:
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(0)
 
 
 @dataclass(slots=True)
@@ -68,6 +94,8 @@ class Node:
     incarnation: int
     heard: float
     """When PostgreSQL last answered a heartbeat, by the loop's clock."""
+    roots: tuple[Path, ...]
+    """The folders under which jobs may work and write."""
     runs: dict[Attempt, Run] = field(default_factory=dict)
     # A start and a look at the tables never overlap: a look taken before a start's commit knows nothing of it.
     claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -105,7 +133,7 @@ async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExit
     spec = describe_node(settings, host, await server.start(), secret)
     incarnation = await register(pool, spec, settings)
     await hold_spool(spool, settings.node_name, 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS)
-    return Node(settings, pool, host, spool, incarnation, asyncio.get_running_loop().time())
+    return Node(settings, pool, host, spool, incarnation, asyncio.get_running_loop().time(), settings.roots)
 
 
 def describe_node(settings: Settings, host: Host, address: str, secret: str) -> NodeSpec:

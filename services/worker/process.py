@@ -213,7 +213,7 @@ async def start(
     """Start a script as the leader of a new session, with stdin from /dev/null and nothing else inherited.
 
     `env` is the whole environment, `mark` is put into it, `tag` is set on the process. `cwd` is a descriptor
-    of a folder (`files.open_directory`). The descriptors stay the caller's. Raises LaunchFailed, of which
+    of a folder (`files.Places`). The descriptors stay the caller's. Raises LaunchFailed, of which
     LaunchShortage may be tried again. Not cancelled halfway: it awaits nothing that waits.
     """
     become_subreaper()

@@ -113,7 +113,7 @@ async def _beat_once(node: Node) -> int:
         if taken.elsewhere:
             for run in node.runs.values():
                 run.fenced = True
-                run.stopped.set()
+                run.stop()
             await _until_idle(node)
         raise
 
@@ -125,7 +125,7 @@ async def _drain(node: Node, heartbeat: asyncio.Task[None]) -> None:
     log.info("worker_drains", jobs=len(node.runs), end_jobs=ending)
     for run in node.runs.values():
         if ending:
-            run.stopped.set()
+            run.stop()
     try:
         await _until_idle(node, all_of_them=ending)
         heartbeat.cancel()  # or the one under way would take back what is given up

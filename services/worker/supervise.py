@@ -1,18 +1,14 @@
 """The run of one attempt, as a pipeline: prepare, start, wait, end, report, clean up."""
 
-import asyncio
 import errno
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import structlog
+from structlog.typing import FilteringBoundLogger
 
 from core.batch import Batcher
 from core.db.connection import CONNECTION_ERRORS
-from core.paths import JobPaths
 from core.records import Ending, JobSpec
 from core.states import Reason, State
 from services.worker import files, health, proc, process
@@ -34,9 +30,7 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
     """
     spec = run.spec
     log = structlog.get_logger().bind(job_id=spec.job_id, attempt=spec.attempt, node=node.name)
-    if run.script is None and run.lost is None:
-        log.info("job_started", name=spec.name, account=spec.account, cpus=spec.cpus)
-    ending = await attempt(node, run)
+    ending = await attempt(node, run, log)
     run.over = True
     if not ending.ran:
         with suppress(*CONNECTION_ERRORS):
@@ -45,7 +39,7 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
     if run.script is not None:
         run.script.forget()
     with suppress(OSError):  # a disk that takes no changes; the next worker tries again
-        files.remove_script(node.settings.scripts_dir, spec.job_id, spec.attempt)
+        files.remove_script(node.spool.script_dir, spec.job_id, spec.attempt)
     node.end(run)
     if not ended:
         log.warning("job_end_refused", state=ending.state)
@@ -54,25 +48,27 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
     log.info("job_released", cpus=spec.cpus)
 
 
-async def attempt(node: Node, run: Run) -> Ending:
+async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
     """Prepare, start, wait and end; nothing of the job is left when this returns."""
     if run.lost is not None:
         return _gone(node, run, f"it may have run, and nobody can tell how it ended: {run.lost}")
     if run.script is None:
         try:
             run.script = await _start(node, run.spec)
+            log.info("job_started", name=run.spec.name, account=run.spec.account, cpus=run.spec.cpus)
             node.trouble_seconds = FIRST_TROUBLE_SECONDS
         except (process.LaunchShortage, OSError) as error:
             return _not_started(node, run, error)
         except (files.FileRefused, process.LaunchFailed, ValueError) as error:
             return _ending(run.spec, State.FAILED, Reason.JOB_LAUNCH_FAILURE, description=str(error))
-    verdict = await _wait(node, run, run.script)
-    if verdict is not None:
-        await process.end(run.script, node.settings.kill_grace_seconds)
-    await process.sweep(run.script)
     try:
+        verdict = await _wait(node, run, run.script)
+        if verdict is not None:
+            await process.end(run.script, node.settings.kill_grace_seconds)
+        await process.sweep(run.script)
         exit_ = await run.script.wait()
     except process.ExitLost as error:
+        await process.sweep(run.script)
         return _gone(node, run, str(error))
     return replace(verdict or _verdict_of_exit(run.spec, exit_), exit_code=exit_.exit_code, signal=exit_.signal)
 
@@ -89,20 +85,20 @@ def _not_started(node: Node, run: Run, error: OSError | process.LaunchShortage) 
 
 def _gone(node: Node, run: Run, why: str) -> Ending:
     """An attempt that ended with its node, or its worker: again, where that was granted."""
-    if run.spec.requeue and not run.cancelled.is_set():
+    if run.spec.requeue and not run.cancelled:
         return _ending(run.spec, State.PENDING, Reason.NONE, description=f"requeued: {why}")
     return _ending(run.spec, State.NODE_FAIL, Reason.SYSTEM_FAILURE, description=why)
 
 
 async def _start(node: Node, spec: JobSpec) -> process.Process:
     paths = paths_of(node.settings, node.host, spec)
-    roots = node.settings.roots
-    with (
-        _directory(roots, paths) as directory,
-        _outputs(roots, paths, append=spec.restart_cnt > 0) as (stdout, stderr),
-    ):
+    append = spec.restart_cnt > 0
+    with files.Places(node.roots) as places:
+        directory = places.folder(paths.working_directory)
+        stdout = places.output(paths.standard_output, append=append)
+        stderr = places.output(paths.standard_error, append=append)
         # Last: from here to the start lies what a worker that is killed cannot tell from a script that ran.
-        script = files.write_script(node.settings.scripts_dir, spec.job_id, spec.attempt, spec.script)
+        script = files.write_script(node.spool.script_dir, spec.job_id, spec.attempt, spec.script)
         command, environment = command_and_environment(node.host, spec, paths, script)
         return await process.start(
             command,
@@ -115,53 +111,16 @@ async def _start(node: Node, spec: JobSpec) -> process.Process:
         )
 
 
-@contextmanager
-def _directory(roots: tuple[Path, ...], paths: JobPaths) -> Iterator[int]:
-    descriptor = files.open_directory(roots, Path(paths.working_directory))
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _outputs(roots: tuple[Path, ...], paths: JobPaths, *, append: bool) -> Iterator[tuple[int, int]]:
-    """The open output files; they are the child's own once it has started."""
-    stdout = files.open_output(roots, Path(paths.standard_output), append=append)
-    try:
-        if paths.standard_error == paths.standard_output:
-            yield stdout, stdout
-            return
-        stderr = files.open_output(roots, Path(paths.standard_error), append=append)
-        try:
-            yield stdout, stderr
-        finally:
-            os.close(stderr)
-    finally:
-        os.close(stdout)
-
-
 async def _wait(node: Node, run: Run, script: process.Script) -> Ending | None:
     """Wait for the script's own end (None), its time limit, its cancel, or the worker's stop: the verdict on it."""
     limit = run.spec.time_limit_seconds
-    waits = [asyncio.ensure_future(wait) for wait in (script.wait(), run.cancelled.wait(), run.stopped.wait())]
-    exited, cancelled, stopped = waits
-    try:
-        done, _ = await asyncio.wait(
-            waits,
-            timeout=None if limit is None else max(0.0, limit - run.started),
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-    finally:
-        for future in waits:
-            future.cancel()
-        with suppress(process.ExitLost):
-            await asyncio.gather(*waits, return_exceptions=True)
-    if exited in done:
+    with suppress(TimeoutError):
+        async with run.patience(None if limit is None else limit - run.started):
+            await script.wait()
         return None
-    if cancelled in done:
+    if run.cancelled:
         return _ending(run.spec, State.CANCELLED, Reason.NONE)
-    if stopped in done:
+    if run.stopped:
         return _gone(node, run, f"the worker of node {node.name} was stopped")
     return _ending(run.spec, State.TIMEOUT, Reason.TIME_LIMIT)
 
