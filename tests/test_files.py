@@ -185,25 +185,71 @@ def test_make_directory(root: Path) -> None:
 
 def test_scripts(tmp_path: Path) -> None:
     folder = tmp_path / "deep/scripts"
-    path = files.write_script(folder, 7, 1, "#!/bin/sh\r\necho é\n")
+    scripts = files.Scripts(folder)
+    path = Path(scripts.write(7, 1, "#!/bin/sh\r\necho é\n"))
+    assert path == files.script_path(folder, 7, 1)
     assert path.read_bytes() == "#!/bin/sh\r\necho é\n".encode()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode) == 0o700
     target = tmp_path / "target"
     target.write_text("kept")
     path.unlink()
     path.symlink_to(target)
-    assert files.write_script(folder, 7, 1, "#!/bin/sh\n") == path
+    assert scripts.write(7, 1, "#!/bin/sh\n") == str(path)
     assert target.read_text() == "kept"
     assert not path.is_symlink()
-    files.remove_script(folder, 7, 1)
-    files.remove_script(folder, 7, 1)
-    assert not list(folder.iterdir())
+    scripts.remove(7, 1)
+    scripts.remove(7, 1)
+    assert not list(folder.glob("job-*"))
+
+
+def test_the_file_of_an_ended_script_is_the_next_ones(tmp_path: Path) -> None:
+    scripts = files.Scripts(tmp_path)
+    first = Path(scripts.write(7, 1, "#!/bin/sh\necho a longer one\n"))
+    inode = first.stat().st_ino
+    scripts.remove(7, 1)
+    for number, text in enumerate(("#!/bin/sh\n", "#!/bin/sh\necho " + "x" * 10_000), 8):
+        path = Path(scripts.write(number, 1, text))
+        assert (path.stat().st_ino, path.read_text(), stat.S_IMODE(path.stat().st_mode)) == (inode, text, 0o700)
+        scripts.remove(number, 1)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("what", ["linked", "opened up", "gone", "a link"])
+def test_a_file_that_is_not_ours_alone_any_more_is_no_next_one(tmp_path: Path, what: str) -> None:
+    scripts, kept = files.Scripts(tmp_path / "scripts"), tmp_path / "kept"
+    script = Path(scripts.write(7, 1, "#!/bin/sh\necho first\n"))
+    match what:
+        case "linked":
+            kept.hardlink_to(script)
+        case "opened up":
+            script.chmod(0o777)
+    scripts.remove(7, 1)
+    [spare] = (tmp_path / "scripts").iterdir()
+    if what in ("gone", "a link"):
+        spare.unlink()
+    if what == "a link":
+        kept.write_text("#!/bin/sh\necho first\n")
+        spare.symlink_to(kept)
+    path = Path(scripts.write(8, 1, "#!/bin/sh\n"))
+    assert path.read_text() == "#!/bin/sh\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert not kept.exists() or kept.read_text() == "#!/bin/sh\necho first\n"
+
+
+def test_no_more_files_are_kept_than_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_SPARE", 2)
+    scripts = files.Scripts(tmp_path)
+    for number in range(5):
+        scripts.write(number, 1, "#!/bin/sh\n")
+    for number in range(5):
+        scripts.remove(number, 1)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_script_folder_that_others_write_in_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(FileRefused, match="other users"):
-        files.write_script(tmp_path, 7, 1, "#!/bin/sh\n")
+        files.Scripts(tmp_path).write(7, 1, "#!/bin/sh\n")
 
 
 @pytest.mark.parametrize(
@@ -217,8 +263,8 @@ def test_a_script_folder_that_others_write_in_is_refused(tmp_path: Path) -> None
     ],
 )
 def test_interpreters(line: str, command: list[str]) -> None:
-    assert files.command_for(Path("/s"), f"{line}\necho\n") == command
-    assert files.command_for(Path("/s"), line) == command
+    assert files.command_for("/s", f"{line}\necho\n") == command
+    assert files.command_for("/s", line) == command
 
 
 @pytest.mark.parametrize(
@@ -237,4 +283,4 @@ def test_interpreters(line: str, command: list[str]) -> None:
 )
 def test_no_interpreter(text: str, why: str) -> None:
     with pytest.raises(LaunchFailed, match=why):
-        files.command_for(Path("/s"), text)
+        files.command_for("/s", text)

@@ -82,7 +82,7 @@ def _duties(settings: Settings, state: State) -> list[Coroutine[Any, Any, None]]
     async def notify_once() -> int:
         # A hint that is lost costs a poll of the scheduler's; PostgreSQL being away must not end this role.
         with suppress(Unavailable):
-            async with state.database.connection() as connection:
+            async with state.database.bell() as connection:
                 await notify(connection)
         return 0
 

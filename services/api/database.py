@@ -7,12 +7,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import asyncpg
 
 from core.db import schema
-from core.db.connection import CONNECTION_ERRORS, PLANNED_ONCE, Connection, Pool, connect, describe, open_pool
+from core.db.connection import CONNECTION_ERRORS, PLANNED_ONCE, Connection, Line, Pool, connect, describe, open_pool
 from core.errors import SchemaMismatch, Unavailable
 from core.settings import Settings, without_secrets
 
 POOL_SIZE = 8
-STORE_SIZE = 1  # submissions are stored batch after batch
 ACQUIRE_SECONDS = 5
 CLOSE_SECONDS = 3
 LOOK_SECONDS = 3
@@ -27,19 +26,19 @@ UNFIT = (
 
 
 class Database:
-    """Two pools that may not be there yet. Every way of being away is `Unavailable` to those who use them."""
+    """A pool that may not be there yet, and lines. Every way of being away is `Unavailable` to those who use them."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._address = without_secrets(settings.postgres_dsn)
         self._pool: Pool | None = None
-        self._store: Pool | None = None
+        self._store = Line(settings, "api", **PLANNED_ONCE)
+        self._bell = Line(settings, "api")
         self._fits = False
         self._doubt = asyncio.Event()
 
     async def keep_open(self) -> None:
         """Wait for the server, then for the schema; again for the schema when it turns out not to fit."""
-        self._store = await open_pool(self._settings, "api", STORE_SIZE, **PLANNED_ONCE)
         self._pool = await open_pool(self._settings, "api", POOL_SIZE)
         while True:
             await schema.ensure(self._pool)
@@ -58,15 +57,20 @@ class Database:
         return self._acquired(self._pool)
 
     def store(self) -> AbstractAsyncContextManager[Connection]:
-        """The connection that submissions are stored on: PLANNED_ONCE, which no list with its filters could be."""
+        """The one that submissions are stored on: PLANNED_ONCE, which no list with its filters could be."""
         return self._acquired(self._store)
 
+    def bell(self) -> AbstractAsyncContextManager[Connection]:
+        """The one that notifications are sent on."""
+        return self._acquired(self._bell)
+
     @asynccontextmanager
-    async def _acquired(self, pool: Pool | None) -> AsyncIterator[Connection]:
-        if pool is None or not self._fits:
+    async def _acquired(self, source: Pool | Line | None) -> AsyncIterator[Connection]:
+        if source is None or not self._fits:
             raise Unavailable(f"PostgreSQL at {self._address} cannot be used yet: GET /health says why")
         try:
-            async with pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
+            acquired = source.acquire() if isinstance(source, Line) else source.acquire(timeout=ACQUIRE_SECONDS)
+            async with acquired as connection:
                 yield connection
         except ValueError:  # asyncpg's word for data that does not fit is also one of its connection errors
             raise
@@ -98,12 +102,13 @@ class Database:
             alone.terminate()
 
     async def close(self) -> None:
-        """Close the pools in order, or in haste when something still holds them."""
-        pools = [pool for pool in (self._pool, self._store) if pool is not None]
+        """Close the pool in order, or in haste when something still holds it."""
+        self._store.close()
+        self._bell.close()
+        if self._pool is None:
+            return
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
-                for pool in pools:
-                    await pool.close()
+                await self._pool.close()
         except CONNECTION_ERRORS:
-            for pool in pools:
-                pool.terminate()
+            self._pool.terminate()

@@ -7,7 +7,7 @@ import uvloop
 
 from core import role, streams
 from core.db import schema
-from core.db.connection import PLANNED_ONCE, Pool, open_pool
+from core.db.connection import PLANNED_ONCE, Line, open_pool
 from core.duty import repeat
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
@@ -16,7 +16,7 @@ from services.scheduler.dispatch import UNCLAIMED_SECONDS, Outbox, dispatch_once
 from services.scheduler.lead import lead
 from services.scheduler.reap import reap_once
 
-POOL_SIZE = 4
+POOL_SIZE = 2
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -26,6 +26,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 async def _schedule(settings: Settings) -> None:
     pool = await open_pool(settings, "scheduler", POOL_SIZE, **PLANNED_ONCE)
+    line = Line(settings, "scheduler", **PLANNED_ONCE)
     client = streams.connect(settings)
     try:
         await schema.ensure(pool)
@@ -38,7 +39,7 @@ async def _schedule(settings: Settings) -> None:
                     settings,
                     wake,
                     [
-                        lambda: repeat("allocate", lambda: _allocate(pool, outbox), wake, poll),
+                        lambda: repeat("allocate", lambda: _allocate(line, outbox), wake, poll),
                         lambda: repeat("dispatch", lambda: dispatch_once(outbox, client), outbox.filled, poll),
                         lambda: repeat("republish", lambda: republish_once(pool, client), Wakeup(), UNCLAIMED_SECONDS),
                         lambda: repeat("reap", lambda: reap_once(pool), Wakeup(), poll),
@@ -47,12 +48,13 @@ async def _schedule(settings: Settings) -> None:
             )
     finally:
         await client.aclose()
+        line.close()
         pool.terminate()
 
 
-async def _allocate(pool: Pool, outbox: Outbox) -> bool:
+async def _allocate(line: Line, outbox: Outbox) -> bool:
     """One pass, handed on; whether there may be more to place. What comes to wait meanwhile wakes the next one."""
-    placed = await allocate_once(pool)
+    placed = await allocate_once(line)
     outbox.put(placed)
     return len(placed) == BATCH
 

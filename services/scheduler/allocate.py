@@ -9,16 +9,16 @@ from collections.abc import Sequence
 import structlog
 
 from core.db import allocations, nodes, pending
-from core.db.connection import Pool
+from core.db.connection import Line, Pool
 from core.policy import plan
 from core.records import Capacity, Dispatch
 
 BATCH = 500
 
 
-async def allocate_once(pool: Pool) -> list[Dispatch]:
+async def allocate_once(database: Line | Pool) -> list[Dispatch]:
     """One pass; answer what was given CPUs, at most BATCH jobs."""
-    async with pool.acquire() as connection:
+    async with database.acquire() as connection:
         free = await nodes.free(connection)
         if not free:
             return []

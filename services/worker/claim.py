@@ -35,7 +35,7 @@ async def start(node: Node, attempts: Sequence[Attempt], begin: Begin) -> None:
     if not attempts or node.draining:
         return
     async with node.claiming:
-        async with node.pool.acquire() as connection:
+        async with node.claims.acquire() as connection:
             try:
                 specs = await jobs.start(connection, attempts, node=node.name, incarnation=node.incarnation)
             except CONNECTION_ERRORS:

@@ -32,6 +32,11 @@ _NEW: Final = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOUND: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
+SPARE: Final = "spare-"
+"""How the names of files begin that were a script's, and will be another's."""
+MAX_SPARE: Final = 64
+
+
 class FileRefused(RowlockError):
     """A path that a job may not use: outside the allowed folders, a symbolic link, or no regular file."""
 
@@ -189,55 +194,94 @@ def _closed_on_error(fd: int) -> Iterator[None]:
 
 def script_path(script_dir: Path, job_id: int, attempt: int) -> Path:
     """Where the script of an attempt lies while it runs."""
-    return script_dir / f"job-{job_id}.{attempt}"
+    return script_dir / _script_name(job_id, attempt)
 
 
-def write_script(script_dir: Path, job_id: int, attempt: int, text: str) -> Path:
-    """Write a script, 0700, into `script_dir` (made 0700 where it is missing); answer its path.
+def _script_name(job_id: int, attempt: int) -> str:
+    return f"job-{job_id}.{attempt}"
 
-    A file that an earlier worker left there is replaced. Raises FileRefused when other users may write in
-    the folder, and OSError.
+
+class Scripts:
+    """The script files of a node, 0700 in `script_dir`.
+
+    The file of a job that has ended is kept, under another name, to become that of a later one: where many files are
+    removed, making others costs up to ten times as much on ext4 (bench/README.md).
     """
-    path = script_path(script_dir, job_id, attempt)
-    _check_private(script_dir)
+
+    def __init__(self, script_dir: Path) -> None:
+        self._folder = str(script_dir)
+        self._spare: list[str] = []
+
+    def write(self, job_id: int, attempt: int, text: str) -> str:
+        """Write a script; answer its path. A file that an earlier worker left there is replaced.
+
+        The folder is made, 0700, where it is missing. Raises FileRefused when other users may write in it, and
+        OSError.
+        """
+        _check_private(self._folder)
+        path, data = f"{self._folder}/{_script_name(job_id, attempt)}", text.encode()
+        if not self._spare or not _rewrite(self._spare.pop(), path, data):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            _write(os.open(path, os.O_WRONLY | _NEW, 0o700), path, data)
+        return path
+
+    def remove(self, job_id: int, attempt: int) -> None:
+        """Remove the script of an attempt, if it is there."""
+        path = f"{self._folder}/{_script_name(job_id, attempt)}"
+        with suppress(FileNotFoundError):
+            if len(self._spare) == MAX_SPARE:
+                os.unlink(path)
+                return
+            spare = f"{self._folder}/{SPARE}{job_id}.{attempt}"
+            os.rename(path, spare)
+            self._spare.append(spare)
+
+
+def _rewrite(spare: str, path: str, data: bytes) -> bool:
+    """Let a spare file be the script at `path`; False when it is not ours alone."""
     try:
-        fd = os.open(path, os.O_WRONLY | _NEW, 0o700)
-    except FileExistsError:
-        os.unlink(path)
-        fd = os.open(path, os.O_WRONLY | _NEW, 0o700)
+        fd = os.open(spare, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or stat.S_IMODE(found.st_mode) != 0o700:
+        os.close(fd)
+        os.unlink(spare)
+        return False
+    # Never emptied: what is written to a file that was, ext4 sends to the disk at its close.
+    _write(fd, spare, data, length=found.st_size)
+    os.rename(spare, path)
+    return True
+
+
+def _write(fd: int, path: str, data: bytes, length: int = 0) -> None:
+    """Let a file hold `data` instead of `length` bytes, and close it; it is removed when that fails."""
     try:
-        _write_all(fd, text.encode())
+        at = 0
+        while at < len(data):
+            at += os.write(fd, data[at:])
+        if length > at:
+            os.ftruncate(fd, at)
     except BaseException:
         os.unlink(path)
         raise
     finally:
         os.close(fd)
-    return path
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def remove_script(script_dir: Path, job_id: int, attempt: int) -> None:
-    """Remove the script of an attempt, if it is there."""
-    with suppress(FileNotFoundError):
-        os.unlink(script_path(script_dir, job_id, attempt))
-
-
-def _check_private(script_dir: Path) -> None:
+def _check_private(script_dir: str) -> None:
     try:
         mode = os.stat(script_dir).st_mode
     except FileNotFoundError:
-        script_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.makedirs(script_dir, mode=0o700, exist_ok=True)
         mode = os.stat(script_dir).st_mode
     # With the sticky bit, as in /tmp, nobody else can replace a file of ours.
     if mode & 0o022 and not mode & stat.S_ISVTX:
         raise FileRefused(f"other users may write in {script_dir}: they could replace scripts")
 
 
-def command_for(script_path: Path, script_text: str) -> list[str]:
+def command_for(script_path: str, script_text: str) -> list[str]:
     """The command that runs a script as the kernel would: interpreter, at most one argument, its path.
 
     Raises LaunchFailed when the first line names nothing that can be started.
@@ -254,7 +298,7 @@ def command_for(script_path: Path, script_text: str) -> list[str]:
         raise LaunchFailed("the script's first line names no interpreter after '#!'")
     interpreter, argument = found.groups()
     _check_interpreter(interpreter)
-    return [interpreter, *([argument] if argument else []), str(script_path)]
+    return [interpreter, *([argument] if argument else []), script_path]
 
 
 def _check_interpreter(interpreter: str) -> None:

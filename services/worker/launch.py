@@ -3,7 +3,6 @@
 import os
 import pwd
 import socket
-from pathlib import Path
 
 from core.paths import JobPaths, resolve
 from core.records import Job, JobSpec
@@ -49,7 +48,7 @@ def paths_of(settings: Settings, host: Host, job: JobSpec | Job) -> JobPaths:
 
 
 def command_and_environment(
-    host: Host, spec: JobSpec, paths: JobPaths, script: Path
+    host: Host, spec: JobSpec, paths: JobPaths, script: str
 ) -> tuple[list[str], dict[str, str]]:
     """The argument vector and the whole environment of a job whose script lies at `script`. Raises LaunchFailed."""
     environment = job_environment(spec, host=host, directory=paths.working_directory)

@@ -12,18 +12,19 @@ import structlog
 
 from core import __version__
 from core.db import nodes, schema
-from core.db.connection import CONNECTION_ERRORS, PLANNED_ONCE, RETRY_SECONDS, Pool, describe, open_pool
+from core.db.connection import CONNECTION_ERRORS, PLANNED_ONCE, RETRY_SECONDS, Line, Pool, describe, open_pool
 from core.errors import NodeNameTaken, SettingsError
 from core.records import Attempt, JobSpec, NodeSpec
 from core.settings import Settings
 from core.wakeup import Wakeup
 from services.worker.environment import Host
 from services.worker.file_server import FileServer
+from services.worker.files import Scripts
 from services.worker.launch import describe_host
 from services.worker.process import Script
 from services.worker.spool import Spool
 
-POOL_SIZE = 4
+POOL_SIZE = 2
 LOCK_PAUSE_SECONDS = 0.05
 LOCK_PATIENCE_SECONDS = 5
 FIRST_TROUBLE_SECONDS = 0.5
@@ -89,8 +90,13 @@ class Node:
 
     settings: Settings
     pool: Pool
+    claims: Line
+    """For starts, under `claiming`."""
+    reports: Line
+    """For ends."""
     host: Host
     spool: Spool
+    scripts: Scripts
     incarnation: int
     heard: float
     """When PostgreSQL last answered a heartbeat, by the loop's clock."""
@@ -105,7 +111,6 @@ class Node:
     trouble_until: float = 0.0
     """Till when it stays in trouble at least, by the loop's clock."""
     trouble_seconds: float = FIRST_TROUBLE_SECONDS
-    released: Wakeup = field(default_factory=Wakeup)
     look: Wakeup = field(default_factory=Wakeup)
     beat: Wakeup = field(default_factory=Wakeup)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -133,7 +138,13 @@ async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExit
     spec = describe_node(settings, host, await server.start(), secret)
     incarnation = await register(pool, spec, settings)
     await hold_spool(spool, settings.node_name, 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS)
-    return Node(settings, pool, host, spool, incarnation, asyncio.get_running_loop().time(), settings.roots)
+    claims, reports = (Line(settings, "worker", **PLANNED_ONCE) for _ in range(2))
+    stack.callback(claims.close)
+    stack.callback(reports.close)
+    now = asyncio.get_running_loop().time()
+    return Node(
+        settings, pool, claims, reports, host, spool, Scripts(spool.script_dir), incarnation, now, settings.roots
+    )
 
 
 def describe_node(settings: Settings, host: Host, address: str, secret: str) -> NodeSpec:

@@ -110,7 +110,7 @@ def _why_it_may_have_run(node: Node, spec: JobSpec, *, same_boot: bool) -> str |
 def _tidy(node: Node, specs: Iterable[JobSpec]) -> None:
     """Remove scripts and records of attempts that are over."""
     kept = {files.script_path(node.spool.script_dir, spec.job_id, spec.attempt).name for spec in specs}
-    for path in node.spool.script_dir.glob("job-*"):
+    for path in (*node.spool.script_dir.glob("job-*"), *node.spool.script_dir.glob(f"{files.SPARE}*")):
         if path.name not in kept:
             path.unlink(missing_ok=True)
     tags = {proc.tag_of(spec.job_id, spec.attempt, node.host.spool_id) for spec in specs}

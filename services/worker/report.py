@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 import structlog
 
 from core.db import allocations, jobs, nodes
-from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, Connection, describe
+from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, Connection, describe, notify
 from core.records import Attempt, Ending
 from core.states import State
 from services.worker.node import Node
@@ -24,7 +25,7 @@ async def write_endings(node: Node, endings: Sequence[Ending]) -> list[bool]:
     said, unsure = False, False
     while True:
         try:
-            async with node.pool.acquire() as connection:
+            async with node.reports.acquire() as connection:
                 ended = await allocations.release(
                     connection, endings, node=node.name, before=State.RUNNING, incarnation=node.incarnation
                 )
@@ -40,7 +41,9 @@ async def write_endings(node: Node, endings: Sequence[Ending]) -> list[bool]:
                 structlog.get_logger().warning("report_waits", jobs=len(endings), error=describe(error))
                 said = True
         await asyncio.sleep(RETRY_SECONDS)
-    node.released.set()
+    with suppress(*CONNECTION_ERRORS):  # a hint that is lost costs a poll of the scheduler's
+        async with node.reports.acquire() as connection:
+            await notify(connection)
     return [Attempt(ending.job_id, ending.attempt) in ended for ending in endings]
 
 

@@ -12,7 +12,7 @@ import structlog
 from core import role, streams
 from core.batch import Batcher
 from core.db import nodes
-from core.db.connection import CONNECTION_ERRORS, Pool, notify
+from core.db.connection import CONNECTION_ERRORS, notify
 from core.duty import repeat
 from core.errors import SettingsError
 from core.records import Ending
@@ -29,7 +29,6 @@ from services.worker.supervise import supervise
 STOP_SECONDS = 15
 TIDY_SECONDS = 30
 SILENCE_LOOK_SECONDS = 1
-NEVER_SECONDS = 3600
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -80,7 +79,6 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
             repeat("heartbeat", lambda: _beat_once(node), node.beat, settings.heartbeat_seconds)
         )
         lasting = [
-            repeat("notify", lambda: _notify_once(node.pool), node.released, NEVER_SECONDS),
             repeat("silence", lambda: health.end_after_silence_once(node), Wakeup(), SILENCE_LOOK_SECONDS),
             repeat("tidy", _tidy_once, Wakeup(), TIDY_SECONDS),
             reports.run(),
@@ -149,12 +147,6 @@ async def _until_idle(node: Node, *, all_of_them: bool = True) -> None:
 
 async def _tidy_once() -> int:
     process.reap_orphans()
-    return 0
-
-
-async def _notify_once(pool: Pool) -> int:
-    async with pool.acquire() as connection:
-        await notify(connection)
     return 0
 
 

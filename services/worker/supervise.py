@@ -39,7 +39,7 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
     if run.script is not None:
         run.script.forget()
     with suppress(OSError):  # a disk that takes no changes; the next worker tries again
-        files.remove_script(node.spool.script_dir, spec.job_id, spec.attempt)
+        node.scripts.remove(spec.job_id, spec.attempt)
     node.end(run)
     if not ended:
         log.warning("job_end_refused", state=ending.state)
@@ -98,7 +98,7 @@ async def _start(node: Node, spec: JobSpec) -> process.Process:
         stdout = places.output(paths.standard_output, append=append)
         stderr = places.output(paths.standard_error, append=append)
         # Last: from here to the start lies what a worker that is killed cannot tell from a script that ran.
-        script = files.write_script(node.spool.script_dir, spec.job_id, spec.attempt, spec.script)
+        script = node.scripts.write(spec.job_id, spec.attempt, spec.script)
         command, environment = command_and_environment(node.host, spec, paths, script)
         return await process.start(
             command,
