@@ -5,7 +5,7 @@ from core.records import Capacity, Holder, Node, NodeSpec
 
 _ADD = """
 INSERT INTO nodes (name, partitions, declared_cpus, cpus, memory_mib, work_base_dir, job_user)
-VALUES ($1, $2, $3, $3, $4, $5, $6)
+VALUES ($1, $2, $3::int, $3::int, $4, $5, $6)
 ON CONFLICT (name) DO NOTHING
 """
 
@@ -26,7 +26,7 @@ RETURNING incarnation
 """
 
 _DECLARE = """
-UPDATE nodes SET partitions = $2, declared_cpus = $3, cpus = greatest($3, alloc_cpus), memory_mib = $4,
+UPDATE nodes SET partitions = $2, declared_cpus = $3::int, cpus = greatest($3::int, alloc_cpus), memory_mib = $4,
                  work_base_dir = $5, job_user = $6
 WHERE name = $1
 """
