@@ -103,6 +103,33 @@ async def test_a_job_that_ends_while_no_worker_is_alive(system: System) -> None:
     await until(keeper_ended, "the lingering keeper ends once it keeps nothing")
 
 
+TRAPS = "#!/bin/bash\ntrap 'touch told' TERM\necho up\nwhile :; do sleep 0.02; done\n"
+
+
+@pytest.mark.parametrize("why", ["CANCELLED", "TIMEOUT"])
+async def test_a_worker_killed_while_it_ends_a_job_has_a_successor_that_knows_why(system: System, why: str) -> None:
+    job_id = await up(system, TRAPS, time_limit=0.02 if why == "TIMEOUT" else None)
+    if why == "CANCELLED":
+        await system.api.cancel(job_id)
+    folder = system.folder / f"n1/data/jobs/{job_id}"
+
+    async def told() -> bool:
+        return (folder / "told").exists()
+
+    await until(told, "SIGTERM has arrived")
+    old = system.worker_pid("n1")
+    os.kill(old, signal.SIGKILL)
+    for pid in alive_with(f"job-{job_id}.1"):
+        os.kill(pid, signal.SIGKILL)  # it ends before the next worker looks
+    assert await ended(system, job_id) == (why, None, "KILL")
+    spool = Spool(system.folder / "n1/data/scripts")
+
+    async def forgotten() -> bool:
+        return not list((spool.folder / "verdicts").iterdir())
+
+    await until(forgotten, "nothing is left of it")
+
+
 async def test_a_killed_keeper_changes_nothing(system: System) -> None:
     """The launcher ends and is started again, as a service manager would: the old worker turns into a keeper."""
     job_id = await up(system, WAITS + "exit 42")

@@ -14,7 +14,7 @@ from core import __version__
 from core.db import nodes, schema
 from core.db.connection import CONNECTION_ERRORS, PLANNED_ONCE, RETRY_SECONDS, Line, Pool, describe, open_pool
 from core.errors import NodeNameTaken, SettingsError
-from core.records import Attempt, JobSpec, NodeSpec
+from core.records import Attempt, Ending, JobSpec, NodeSpec
 from core.settings import Settings
 from core.wakeup import Wakeup
 from services.worker.environment import Host
@@ -51,6 +51,8 @@ class Run:
     cancelled: bool = False
     stopped: bool = False
     fenced: bool = False
+    verdict: Ending | None = None
+    """What it is being ended as, and why; perhaps since an earlier worker."""
     lost: str | None = None
     """Why nobody can tell whether it ran, for one that an earlier worker left."""
     _patience: asyncio.Timeout | None = None

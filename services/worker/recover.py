@@ -89,7 +89,8 @@ def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, 
             remove_records=partial(node.spool.remove_records, tag),
             kept_by=node.spool.keeps,
         )
-        return Run(spec, script, started=proc.seconds_since(leader.start))
+        verdict = node.spool.verdict(tag, spec.job_id, spec.attempt) if same_boot else None
+        return Run(spec, script, started=proc.seconds_since(leader.start), verdict=verdict)
     if why := _why_it_may_have_run(node, spec, same_boot=same_boot):
         log.warning("job_lost", why=why)
         return Run(spec, lost=why)

@@ -15,6 +15,7 @@ this is believed. Only the standard library: the keeper uses this as well.
 """
 
 import fcntl
+import json
 import os
 import secrets
 import signal
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from core.records import Ending
+from core.states import State
 from services.worker import proc
 
 _FOLDER: Final = ".spool"
@@ -88,6 +91,7 @@ class Spool:
             self.folder / "keepers",
             self.folder / "replaced",
             self.folder / "exits",
+            self.folder / "verdicts",
         ):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return _written_once(self.folder / "id", secrets.token_hex(16))
@@ -99,7 +103,7 @@ class Spool:
 
     def begin_boot(self) -> None:
         """Forget the records of an earlier boot."""
-        for path in (self.folder / "exits").iterdir():
+        for path in (*(self.folder / "exits").iterdir(), *(self.folder / "verdicts").iterdir()):
             path.unlink(missing_ok=True)
         _replace(self.folder / "boot", proc.boot_identity())
 
@@ -173,17 +177,32 @@ class Spool:
 
     def recorded_tags(self) -> set[int]:
         """Every tag that something is written of."""
-        return {int(path.name.partition(".")[0], 16) for path in (self.folder / "exits").iterdir()}
+        found = (*(self.folder / "exits").iterdir(), *(self.folder / "verdicts").iterdir())
+        return {int(path.name.partition(".")[0], 16) for path in found}
 
     def remove_records(self, tag: int) -> None:
         """Forget what is written of a tag: its job's end is committed."""
         for leader in self.recorded(tag):
             self._record_path(tag, leader).unlink(missing_ok=True)
+        self._verdict_path(tag).unlink(missing_ok=True)
 
     def write_record(self, tag: int, leader: Leader, returncode: int) -> None:
         """Write how a session leader ended, whole or not at all. Raises OSError, of a full disk for instance."""
         text = f"killed {-returncode}" if returncode < 0 else f"exited {returncode}"
         _replace(self._record_path(tag, leader), text)
+
+    def verdict(self, tag: int, job_id: int, attempt: int) -> Ending | None:
+        """As what a worker began to end an attempt, if it did."""
+        try:
+            text = self._verdict_path(tag).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        state, reason, description = json.loads(text)
+        return Ending(job_id, attempt, State(state), reason, description)
+
+    def write_verdict(self, tag: int, verdict: Ending) -> None:
+        """Say as what it is ended, before it is: a worker that is killed meanwhile has a successor. Raises OSError."""
+        _replace(self._verdict_path(tag), json.dumps([verdict.state, verdict.reason, verdict.description]))
 
     def add_keeper(self, pid: int) -> Path:
         """Say that a process keeps others, before it does; the file is to be removed when it keeps none any more."""
@@ -191,6 +210,9 @@ class Spool:
         path = self.folder / "keepers" / f"{stat.start if stat else 0}-{pid}"
         path.touch(mode=0o600)
         return path
+
+    def _verdict_path(self, tag: int) -> Path:
+        return self.folder / "verdicts" / f"{tag:016x}"
 
     def _record_path(self, tag: int, leader: Leader) -> Path:
         return self.folder / "exits" / f"{tag:016x}.{leader.start}.{leader.pid}"
@@ -218,9 +240,9 @@ def _replace(path: Path, text: str) -> None:
 
 def _fresh(path: Path, text: str) -> Path:
     """A file beside the folders that are listed, on the same disk."""
-    fresh = path.parents[path.parent.name == "exits"] / f"fresh-{path.name}.{os.getpid()}"
+    fresh = path.parents[path.parent.name in ("exits", "verdicts")] / f"fresh-{path.name}.{os.getpid()}"
     try:
-        fresh.write_text(text, encoding="ascii")
+        fresh.write_text(text, encoding="utf-8")
     except OSError:
         fresh.unlink(missing_ok=True)
         raise

@@ -38,6 +38,8 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
     ended = not run.fenced and await report.do(ending)
     if run.script is not None:
         run.script.forget()
+    if run.verdict is not None:
+        node.spool.remove_records(_tag(node, spec))
     with suppress(OSError):  # a disk that takes no changes; the next worker tries again
         node.scripts.remove(spec.job_id, spec.attempt)
     node.end(run)
@@ -62,8 +64,10 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
         except (files.FileRefused, process.LaunchFailed, ValueError) as error:
             return _ending(run.spec, State.FAILED, Reason.JOB_LAUNCH_FAILURE, description=str(error))
     try:
-        verdict = await _wait(node, run, run.script)
+        verdict = run.verdict or await _wait(node, run, run.script)
         if verdict is not None:
+            run.verdict = verdict
+            _note(node, verdict)
             await process.end(run.script, node.settings.kill_grace_seconds)
         await process.sweep(run.script)
         exit_ = await run.script.wait()
@@ -71,6 +75,16 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
         await process.sweep(run.script)
         return _gone(node, run, str(error))
     return replace(verdict or _verdict_of_exit(run.spec, exit_), exit_code=exit_.exit_code, signal=exit_.signal)
+
+
+def _note(node: Node, verdict: Ending) -> None:
+    """Leave the verdict to a successor; where the disk is full, that one has to go by the exit alone."""
+    with suppress(OSError):
+        node.spool.write_verdict(_tag(node, verdict), verdict)
+
+
+def _tag(node: Node, of: JobSpec | Ending) -> int:
+    return proc.tag_of(of.job_id, of.attempt, node.host.spool_id)
 
 
 def _not_started(node: Node, run: Run, error: OSError | process.LaunchShortage) -> Ending:
@@ -106,7 +120,7 @@ async def _start(node: Node, spec: JobSpec) -> process.Process:
             cwd=directory,
             stdout_fd=stdout,
             stderr_fd=stderr,
-            tag=proc.tag_of(spec.job_id, spec.attempt, node.host.spool_id),
+            tag=_tag(node, spec),
             mark=environment[MARK],
         )
 
