@@ -2,7 +2,7 @@
 
 import argparse
 import asyncio
-import platform
+import gc
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -11,6 +11,7 @@ from typing import Literal
 
 from core import __version__, log
 from core.errors import RowlockError, SettingsError
+from core.machine import unsupported
 from core.settings import DEFAULT_FILE, Settings, load, obsolete, settings_file
 
 Role = Literal["api", "scheduler", "worker"]
@@ -20,7 +21,6 @@ NewLoop = Callable[[], asyncio.AbstractEventLoop]
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-OLDEST_GLIBC = (2, 28)
 
 
 def arguments(role: Role, argv: list[str]) -> argparse.Namespace:
@@ -47,9 +47,9 @@ def run(role: Role, main: Main, new_loop: NewLoop, argv: list[str] | None = None
 
 
 def _run(role: Role, main: Main, new_loop: NewLoop, argv: list[str] | None) -> int:
-    if problem := unsupported_platform():
+    if problem := unsupported():
         print(problem, file=sys.stderr)
-        return EXIT_FAILURE
+        return EXIT_USAGE  # whoever keeps this role running need not try again
     options = arguments(role, sys.argv[1:] if argv is None else argv)
     try:
         settings, file = read_settings(options.config)
@@ -63,6 +63,7 @@ def _run(role: Role, main: Main, new_loop: NewLoop, argv: list[str] | None) -> i
     logger.info("role_starting", version=__version__, settings_file=str(file) if file else None)
     if warning := obsolete(file):
         logger.warning("setting_obsolete", message=warning)
+    gc.freeze()  # what was imported stays: no collection looks through it again, nor does the one at the end
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(_with_signals(main, settings))
@@ -108,23 +109,6 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def unsupported_platform() -> str | None:
-    """What is wrong with this platform, in one line, if anything."""
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        return f"Rowlock runs on Linux, x86-64 or arm64; this is {sys.platform} on {platform.machine()}."
-    if platform.python_implementation() != "CPython":
-        return f"Rowlock runs on CPython; this is {platform.python_implementation()}."
-    library, version = platform.libc_ver()
-    if library != "glibc" or _numbers(version) < OLDEST_GLIBC:
-        found = f"{library} {version}" if library else "another C library"
-        return f"Rowlock runs on Linux with glibc 2.28 or later; this system has {found}."
-    return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
 async def until_stopped(stop: asyncio.Event, *duties: Awaitable[None]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from core import machine
 from core import role as roles
 from core.db import schema
 from core.db.connection import connect
@@ -131,8 +132,25 @@ def test_another_platform_is_told_so_in_one_line(
     ("library", "fits"), [(("glibc", "2.28"), True), (("glibc", "2.27"), False), (("", ""), False)]
 )
 def test_the_oldest_glibc(library: tuple[str, str], fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roles.platform, "libc_ver", lambda: library)
-    assert (roles.unsupported_platform() is None) is fits
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: library)
+    assert (machine.unsupported() is None) is fits
+
+
+@pytest.mark.parametrize(
+    ("release", "fits"),
+    [
+        ("5.4", True),
+        ("5.4-rc1", True),
+        ("5.10.0-8-amd64", True),
+        ("6.1.0+", True),
+        ("5.3.18-150300", False),
+        ("4.19.0", False),
+    ],
+)
+def test_the_oldest_kernel(release: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.platform, "release", lambda: release)
+    problem = machine.unsupported()
+    assert problem == (None if fits else f"Rowlock runs on Linux 5.4 or later; this is {release}.")
 
 
 def test_an_interrupt_before_a_role_is_up_is_no_traceback(clean: pytest.MonkeyPatch) -> None:

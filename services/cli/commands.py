@@ -5,6 +5,7 @@ nothing and a role's process holds only what the role needs. A traceback never r
 """
 
 import argparse
+import gc
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         code = _run(options, rest)
         sys.stdout.flush()
+        gc.freeze()  # the interpreter's end would look through everything once more
     except BrokenPipeError:
         # Whoever read has seen enough; the flush at exit must not fail over it either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,10 +87,10 @@ def _port(text: str) -> int:
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     from core.errors import RowlockError, SettingsError
-    from core.role import unsupported_platform
+    from core.machine import unsupported
 
     name = f"rowlock {options.command}"
-    if problem := unsupported_platform():
+    if problem := unsupported():
         return _refused(problem)
     try:
         return _start(options, rest)
