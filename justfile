@@ -6,6 +6,9 @@ set dotenv-load
 uv := env("UV", `command -v uv || echo "python3 -m uv"`)
 run := if path_exists(env("VIRTUAL_ENV", "/nonexistent") / "bin/rowlock") == "true" { "" } else { uv + " run" }
 
+# Whatever the environment says: else each of the many processes of the tests compiles what it imports anew.
+kept := "PYTHONDONTWRITEBYTECODE="
+
 data := ".rowlock"
 # Written by `rowlock infra` and `rowlock up`: the addresses of their servers, for as long as they run.
 servers := data / "servers.properties"
@@ -41,10 +44,10 @@ dev-worker:
 dev-api:
     @{{addressed}} exec {{run}} rowlock api
 
-# Check, then run the tests; takes the arguments of pytest
+# Check, then run the tests on every CPU; takes the arguments of pytest
 [positional-arguments]
 test *arguments: check
-    {{run}} pytest "$@"
+    {{kept}} {{run}} pytest --numprocesses=auto --dist=worksteal "$@"
 
 # Lint, format, types, and the direction of imports; changes nothing
 check:

@@ -16,14 +16,13 @@ import aiohttp
 import asyncpg
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
-from pydantic import SecretStr
 from yarl import URL
 
-from core.db.audit import audit
 from core.settings import Settings
 from services.api.app import running
 from services.api.serving import Runner
 from services.api.state import STATE, State
+from tests.builders import settings_for
 
 if TYPE_CHECKING:
     from tests.conftest import Databases
@@ -35,18 +34,6 @@ JOBS = "/api/v1/jobs"
 SCRIPT = "#!/bin/sh\necho hello\n"
 SECRETS = ("hunter2", "of the node", "Traceback", "site-packages")
 """What stands in no answer: a job's variable in the tests, a node's secret, and where a crash would show."""
-
-
-def settings_for(database_url: str, redis_url: str, folder: Path, **changes: Any) -> Settings:
-    """Settings of an API whose jobs work below `folder`, whatever the environment says."""
-    changed = {
-        "database_url": SecretStr(database_url),
-        "redis_url": SecretStr(redis_url),
-        "api_port": 0,
-        "data_dir": folder / "data",
-        "log_dir": folder / "logs",
-    }
-    return Settings.model_construct().model_copy(update={**changed, **changes})
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +135,9 @@ async def an_api(settings: Settings) -> AsyncIterator[Api]:
 
 @asynccontextmanager
 async def api_of_a_module(databases: Databases, redis_url: str, folder: Path, **changes: Any) -> AsyncIterator[Api]:
-    """One API for all tests of a module; at its end no invariant is broken."""
-    name = await databases.create()
-    try:
-        async with an_api(settings_for(databases.url_of(name), redis_url, folder, **changes)) as api:
-            yield api
-            assert await audit(api.database) == []
-    finally:
-        await databases.drop(name)
+    """One API for all tests of a module."""
+    async with databases.one() as url, an_api(settings_for(url, redis_url, folder, **changes)) as api:
+        yield api
 
 
 def check_problem(

@@ -1,16 +1,36 @@
 """Builders of what the tests speak of, and short ways into the tables: always over the real statements."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from pydantic import SecretStr
 
 from core.db import allocations, jobs, nodes, pending
 from core.db.connection import Connection
 from core.policy import plan
 from core.records import Attempt, Ending, JobSpec, NewJob, NodeSpec, Placement
+from core.settings import Settings
 from core.states import Reason, State
 from services.scheduler.allocate import room
 
 SCRIPT = "#!/bin/sh\ntrue\n"
+
+
+def settings_for(database_url: str, redis_url: str, folder: Path, **changes: Any) -> Settings:
+    """Settings of a whole system in a folder, whatever the environment says."""
+    changed = {
+        "database_url": SecretStr(database_url),
+        "redis_url": SecretStr(redis_url),
+        "api_port": 0,
+        "data_dir": folder / "data",
+        "log_dir": folder / "logs",
+        "node_name": "n1",
+        "total_cpus": 4,
+        "kill_grace_seconds": 1.0,
+        "poll_seconds": 0.2,
+    }
+    return Settings.model_construct().model_copy(update={**changed, **changes})
 
 
 def a_job(cpus: int = 1, **changes: Any) -> NewJob:

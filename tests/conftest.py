@@ -8,27 +8,35 @@ import itertools
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
-from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from core import streams
 from core.db import schema
 from core.db.audit import audit
 from core.db.connection import Pool, open_pool
-from core.settings import Settings
+from core.settings import Settings, usable_cpus
 from services.standalone.embedded import EmbeddedPostgres, EmbeddedRedis
+from tests.builders import settings_for
 
 _numbers = itertools.count(1)
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of the session's own in it, 0700
 PREFIX = "rowlock-tests-"
 ROOM_BYTES = 2 * 1024**3
+MOST_PROCESSES = 8
+"""Each has servers of its own."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A process of the tests for every CPU; a single one where they would share a Redis, as tests empty it."""
+    return 1 if os.environ.get("TEST_REDIS_URL") else min(usable_cpus(), MOST_PROCESSES)
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +110,21 @@ class Databases:
     async def drop(self, name: str) -> None:
         await self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[str]:
+        """The address of a database with the schema in it; whatever was done, at the end no invariant is broken."""
+        name = await self.create()
+        url = self.url_of(name)
+        try:
+            yield url
+            connection = await asyncpg.connect(url)
+            try:
+                assert await audit(connection) == []
+            finally:
+                await connection.close()
+        finally:
+            await self.drop(name)
+
     async def make_template(self) -> None:
         await self.execute(f'CREATE DATABASE "{self.template}"')
         connection = await asyncpg.connect(self.url_of(self.template))
@@ -121,17 +144,9 @@ def databases(postgres_url: str) -> Iterator[Databases]:
 
 @pytest.fixture
 async def database_url(databases: Databases) -> AsyncIterator[str]:
-    """A database of the test's own with the schema in it; whatever the test did, no invariant is broken at its end."""
-    name = await databases.create()
-    yield databases.url_of(name)
-    try:
-        connection = await asyncpg.connect(databases.url_of(name))
-        try:
-            assert await audit(connection) == []
-        finally:
-            await connection.close()
-    finally:
-        await databases.drop(name)
+    """A database of the test's own."""
+    async with databases.one() as url:
+        yield url
 
 
 @pytest.fixture
@@ -144,19 +159,8 @@ async def empty_url(databases: Databases) -> AsyncIterator[str]:
 
 @pytest.fixture
 def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
-    """Settings of a whole system in the test's own folder and database, whatever the environment says."""
-    changed = {
-        "database_url": SecretStr(database_url),
-        "redis_url": SecretStr(redis_url),
-        "api_port": 0,
-        "data_dir": tmp_path / "data",
-        "log_dir": tmp_path / "logs",
-        "node_name": "n1",
-        "total_cpus": 4,
-        "kill_grace_seconds": 1.0,
-        "poll_seconds": 0.2,
-    }
-    return Settings.model_construct().model_copy(update=changed)
+    """Settings of a whole system in the test's own folder and database."""
+    return settings_for(database_url, redis_url, tmp_path)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import aiohttp
 from core.client import Client, ClientError
 from core.documents import JobDocument
 from core.settings import Settings
+from core.states import FINAL
 from services.standalone.child import Child, Step, spawn
 from services.standalone.stack import exported, free_port
 
@@ -45,6 +46,16 @@ class System:
     client: Client | None = None
 
     @property
+    def node(self) -> str:
+        """The node that the settings name."""
+        return self.settings.node_name
+
+    @property
+    def partition(self) -> str:
+        """The partition of that node."""
+        return self.settings.partitions[0]
+
+    @property
     def api(self) -> Client:
         """A client of the first API."""
         assert self.client is not None
@@ -71,9 +82,9 @@ class System:
         here = {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
         return {**plain, **here, **exported(self.settings), **{key: str(value) for key, value in more.items()}}
 
-    def worker_pid(self, node: str) -> int:
-        """The asyncio worker of a node, below its launcher and its keeper."""
-        mine = [pid for pid in alive_with(str(self.folder / node)) if "services.worker.serve" in cmdline(pid)]
+    def worker_pid(self) -> int:
+        """The asyncio worker of the node, below its launcher and its keeper."""
+        mine = [pid for pid in alive_with(str(self.folder / self.node)) if "services.worker.serve" in cmdline(pid)]
         assert len(mine) == 1, mine
         return mine[0]
 
@@ -114,9 +125,13 @@ class System:
 
         await until(asked, f"node {node} is {' or '.join(wanted)}")
 
+    async def submit(self, script: str, **job: Any) -> JobDocument:
+        """Submit to the partition of the node."""
+        return await self.api.submit({"account": "test", "partition": self.partition, **job}, script)
+
     async def run(self, script: str, **job: Any) -> JobDocument:
         """Submit and wait for the end."""
-        submitted = await self.api.submit({"account": "test", **job}, script)
+        submitted = await self.submit(script, **job)
         return await self.api.wait(submitted["job_id"], timeout_seconds=PATIENCE)
 
     async def state_is(self, job_id: int, *states: str) -> JobDocument:
@@ -142,6 +157,17 @@ class System:
 
         await until(asked, f"job {job_id} says {text!r}")
 
+    async def clear(self) -> None:
+        """End every job that is left, and wait until its CPUs are free."""
+        left = [job["job_id"] async for job in self.api.all_jobs() if job["state"] not in FINAL]
+        for job_id in left:
+            await self.api.cancel(job_id)
+
+        async def free() -> bool:
+            return not any(node["alloc_cpus"] for node in await self.api.nodes())
+
+        await until(free, "no CPU is allocated")
+
     async def close(self) -> None:
         """End what still runs: roles in order, then what a killed one left, its keeper and its jobs."""
         for child in reversed(self.children):
@@ -155,16 +181,15 @@ class System:
 
 @asynccontextmanager
 async def running(
-    settings: Settings, folder: Path, *, workers: Mapping[str, int] | None = None, schedulers: int = 1
+    settings: Settings, folder: Path, *, workers: Mapping[str, int] | None = None
 ) -> AsyncIterator[System]:
-    """A system that is ready: one API, so many schedulers, and workers by node name and CPUs."""
+    """A system that is ready: an API, a scheduler, and workers by node name and CPUs."""
     system = System(settings, folder)
     nodes = {"n1": 4} if workers is None else workers
     async with AsyncExitStack() as stack:
         stack.push_async_callback(system.close)
         address = system.start_api()
-        for number in range(schedulers):
-            system.start("scheduler", f"scheduler-{number}")
+        system.start("scheduler")
         for node, cpus in nodes.items():
             system.start_worker(node, cpus)
         system.client = await stack.enter_async_context(Client(address))
@@ -172,6 +197,24 @@ async def running(
         for node in nodes:
             await system.node_is(node)
         yield system
+
+
+@asynccontextmanager
+async def beside(system: System, folder: Path, workers: Mapping[str, int], **changes: Any) -> AsyncIterator[System]:
+    """The same API and scheduler, and workers in `folder` and in a partition of its name: nobody else's jobs get there.
+
+    `changes` are settings of these workers alone.
+    """
+    own = {"partitions": (folder.name,), "log_dir": folder / "logs", "node_name": next(iter(workers)), **changes}
+    mine = System(system.settings.model_copy(update=own), folder, client=system.client)
+    try:
+        for node, cpus in workers.items():
+            mine.start_worker(node, cpus)
+        for node in workers:
+            await mine.node_is(node)
+        yield mine
+    finally:
+        await mine.close()
 
 
 def alive_with(text: str) -> list[int]:

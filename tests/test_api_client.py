@@ -16,8 +16,8 @@ from services.api.app import running
 from services.api.serving import Runner
 from services.worker.file_server import FileServer
 from services.worker.launch import describe_host
-from tests.api import SCRIPT, Api, api_of_a_module, settings_for
-from tests.builders import a_node, finish, give, register, start
+from tests.api import SCRIPT, Api, api_of_a_module
+from tests.builders import a_node, finish, give, register, settings_for, start
 from tests.conftest import Databases
 
 pytestmark = pytest.mark.anyio

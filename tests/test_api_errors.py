@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 HUGE = 10**30
 NAN, INFINITY = float("nan"), float("inf")
 HALF = "\ud800"
-LEFT_OUT = object()
+LEFT_OUT = ...
 JSON = {"Content-Type": "application/json"}
 GOOD = {"account": "test", "environment": {"TOKEN": "hunter2"}}
 

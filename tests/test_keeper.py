@@ -10,36 +10,56 @@ from uuid import uuid4
 import pytest
 
 from core.documents import JobDocument
-from core.settings import Settings
 from services.worker.proc import read_stat
 from services.worker.spool import Exit, Leader, Spool
-from tests.system import System, alive_with, cmdline, running, until
+from tests.builders import settings_for
+from tests.conftest import Databases
+from tests.system import System, alive_with, beside, cmdline, running, until
 
 pytestmark = pytest.mark.anyio
 
 WAITS = "#!/bin/bash\nulimit -c 0\necho up\nwhile [ ! -e go ]; do sleep 0.02; done\n"
 
 
+@pytest.fixture(scope="module")
+async def servers(
+    databases: Databases, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[System]:
+    """An API and a scheduler for all tests."""
+    folder = tmp_path_factory.mktemp("servers")
+    async with databases.one() as url, running(settings_for(url, redis_url, folder), folder, workers={}) as found:
+        yield found
+
+
 @pytest.fixture
-async def system(settings: Settings, tmp_path: Path) -> AsyncIterator[System]:
-    quick = settings.model_copy(update={"heartbeat_seconds": 0.5, "lease_seconds": 10.0})
-    async with running(quick, tmp_path, workers={"n1": 16}) as found:
+async def system(servers: System, tmp_path: Path) -> AsyncIterator[System]:
+    """With a worker of the test's own."""
+    async with beside(servers, tmp_path, {tmp_path.name: 16}, heartbeat_seconds=0.5, lease_seconds=10.0) as found:
         yield found
 
 
 async def up(system: System, script: str, **job: object) -> int:
     """Submit, and wait until the script itself has spoken."""
-    submitted = await system.api.submit({"account": "a", **job}, script)
+    submitted = await system.submit(script, **job)
     await system.says(submitted["job_id"], b"up")
     return submitted["job_id"]
 
 
+def data_of(system: System) -> Path:
+    return system.folder / system.node / "data"
+
+
 def kill_worker(system: System) -> None:
-    os.kill(system.worker_pid("n1"), signal.SIGKILL)
+    os.kill(system.worker_pid(), signal.SIGKILL)
 
 
 def let_go(system: System, job_id: int) -> None:
-    (system.folder / f"n1/data/jobs/{job_id}/go").touch()
+    (data_of(system) / f"jobs/{job_id}/go").touch()
+
+
+async def alloc_cpus(system: System) -> int:
+    [cpus] = [node["alloc_cpus"] for node in await system.api.nodes() if node["name"] == system.node]
+    return cpus
 
 
 async def ended(system: System, job_id: int) -> tuple[str, int | None, str | None]:
@@ -49,7 +69,7 @@ async def ended(system: System, job_id: int) -> tuple[str, int | None, str | Non
 
 async def new_worker(system: System, old: int) -> None:
     async def changed() -> bool:
-        mine = [pid for pid in alive_with(str(system.folder / "n1")) if "services.worker.serve" in cmdline(pid)]
+        mine = [pid for pid in alive_with(str(system.folder / system.node)) if "services.worker.serve" in cmdline(pid)]
         return bool(mine) and mine != [old]
 
     await until(changed, "the keeper starts the worker again")
@@ -59,7 +79,7 @@ async def test_kill_9_of_the_worker_changes_nothing_but_the_time(system: System)
     ends = {"exit 137": ("FAILED", 137, None), "kill -9 $$": ("FAILED", None, "KILL"), "exit 0": ("COMPLETED", 0, None)}
     jobs = {end: await up(system, WAITS + end) for end in ends}
     for _ in range(3):
-        old = system.worker_pid("n1")
+        old = system.worker_pid()
         kill_worker(system)
         await new_worker(system, old)
     assert {(await system.api.job(job_id))["state"] for job_id in jobs.values()} == {"RUNNING"}
@@ -67,8 +87,8 @@ async def test_kill_9_of_the_worker_changes_nothing_but_the_time(system: System)
         let_go(system, job_id)
     assert {end: await ended(system, job_id) for end, job_id in jobs.items()} == ends
     assert {(await system.api.job(job_id))["attempt"] for job_id in jobs.values()} == {1}
-    assert [node["alloc_cpus"] for node in await system.api.nodes()] == [0]
-    spool = Spool(system.folder / "n1/data/scripts")
+    assert await alloc_cpus(system) == 0
+    spool = Spool(data_of(system) / "scripts")
     assert not list((spool.folder / "exits").iterdir())
 
 
@@ -84,18 +104,18 @@ async def test_a_job_that_ends_while_no_worker_is_alive(system: System) -> None:
     assert {(await system.api.job(job_id))["state"] for job_id in jobs.values()} == {"RUNNING"}
     for job_id in jobs.values():
         let_go(system, job_id)
-    records = system.folder / "n1/data/scripts/.spool/exits"
+    records = data_of(system) / "scripts/.spool/exits"
 
     async def recorded() -> bool:
         return len(list(records.iterdir())) >= 2
 
     await until(recorded, "the lingering keeper writes what it saw")
     assert alive_with(name)
-    system.start_worker("n1", 16)
+    system.start_worker(system.node, 16)
     assert {end: await ended(system, job_id) for end, job_id in jobs.items()} == ends
     assert (await ended(system, limited))[0] == "TIMEOUT"
     assert not alive_with(name)
-    assert [node["alloc_cpus"] for node in await system.api.nodes()] == [0]
+    assert await alloc_cpus(system) == 0
 
     async def keeper_ended() -> bool:
         return len(list((records.parent / "keepers").iterdir())) == 1
@@ -133,12 +153,12 @@ async def test_a_worker_killed_while_it_ends_a_job_has_a_successor_that_knows_wh
 async def test_a_killed_keeper_changes_nothing(system: System) -> None:
     """The launcher ends and is started again, as a service manager would: the old worker turns into a keeper."""
     job_id = await up(system, WAITS + "exit 42")
-    worker = system.worker_pid("n1")
+    worker = system.worker_pid()
     stat = read_stat(worker)
     assert stat is not None
     os.kill(stat.parent, signal.SIGKILL)  # the keeper
     assert await system.children[-1].wait() == 1
-    system.start_worker("n1", 16)
+    system.start_worker(system.node, 16)
 
     async def replaced() -> bool:
         return "services.worker.keeper" in cmdline(worker)
@@ -152,8 +172,8 @@ async def test_a_killed_launcher_changes_nothing(system: System) -> None:
     """Its keeper has nobody to tell that the worker was replaced, and lingers all the same."""
     job_id = await up(system, WAITS + "exit 43")
     os.kill(system.children[-1].pid, signal.SIGKILL)
-    old = system.worker_pid("n1")
-    system.start_worker("n1", 16)
+    old = system.worker_pid()
+    system.start_worker(system.node, 16)
 
     async def replaced() -> bool:
         return not cmdline(old)
@@ -164,7 +184,7 @@ async def test_a_killed_launcher_changes_nothing(system: System) -> None:
 
 
 async def test_a_worker_that_leaves_no_job_leaves_no_zombie(system: System) -> None:
-    worker = read_stat(system.worker_pid("n1"))
+    worker = read_stat(system.worker_pid())
     assert worker is not None
     keeper = worker.parent
     system.children[-1].process.send_signal(signal.SIGTERM)
@@ -175,11 +195,11 @@ async def test_a_worker_that_leaves_no_job_leaves_no_zombie(system: System) -> N
 async def test_keeper_and_worker_killed_together_end_the_job_once_nothing_is_left_of_it(system: System) -> None:
     name = uuid4().hex
     job_id = await up(system, WAITS, environment={"TEST_ID": name})
-    for pid in alive_with(str(system.folder / "n1")):
+    for pid in alive_with(str(system.folder / system.node)):
         if "services.worker" in cmdline(pid):
             os.kill(pid, signal.SIGKILL)
     await system.children[-1].wait()
-    system.start_worker("n1", 16)
+    system.start_worker(system.node, 16)
 
     let_go(system, job_id)  # perhaps before it is adopted: its exit code is lost either way
     job = await system.api.wait(job_id, timeout_seconds=60)
@@ -192,16 +212,16 @@ async def test_a_worker_that_is_replaced_hands_its_jobs_over(system: System) -> 
     """Two workers of one node and spool: the newer wins, the older stops by itself, its jobs go on under the newer."""
     job_id = await up(system, WAITS + "exit 9")
     first = system.children[-1]
-    system.start_worker("n1", 16)
+    system.start_worker(system.node, 16)
     assert await first.wait() == 3
     let_go(system, job_id)
     assert await ended(system, job_id) == ("FAILED", 9, None)
 
 
 async def test_another_spool_is_refused_while_the_lease_lives(system: System) -> None:
-    other = system.start("worker", "other", NODE_NAME="n1", TOTAL_CPUS=16, DATA_DIR=str(system.folder / "elsewhere"))
+    other = system.start("worker", "other", DATA_DIR=str(system.folder / "elsewhere"))
     assert await other.wait() == 3
-    assert "NODE_NAME=n1 is held by a worker on" in (system.folder / "other.err").read_text()
+    assert f"NODE_NAME={system.node} is held by a worker on" in (system.folder / "other.err").read_text()
     assert (await system.run("#!/bin/bash\nexit 5"))["exit_code"] == 5
 
 
@@ -210,11 +230,11 @@ async def test_a_node_taken_over_with_another_spool_runs_nothing_again(system: S
     job_id = await up(system, WAITS)
     system.children[-1].process.send_signal(signal.SIGTERM)
     await system.children[-1].wait()
-    system.start("worker", "other", NODE_NAME="n1", TOTAL_CPUS=16, DATA_DIR=str(system.folder / "n1/elsewhere"))
+    system.start("worker", "other", DATA_DIR=str(system.folder / "elsewhere"))
     job = await system.api.wait(job_id, timeout_seconds=60)
     assert (job["state"], job["state_reason"], job["attempt"]) == ("NODE_FAIL", "SystemFailure", 1)
-    assert (system.folder / f"n1/data/jobs/{job_id}/slurm-{job_id}.out").read_text().count("up") == 1
-    assert not list((system.folder / "n1/elsewhere").glob("jobs/*"))
+    assert (data_of(system) / f"jobs/{job_id}/slurm-{job_id}.out").read_text().count("up") == 1
+    assert not list((system.folder / "elsewhere").glob("jobs/*"))
 
 
 async def test_a_script_that_takes_off_its_tag_is_not_run_twice(system: System) -> None:
@@ -231,26 +251,24 @@ async def test_a_script_that_takes_off_its_tag_is_not_run_twice(system: System) 
 
 
 async def test_two_nodes_need_two_spools(system: System) -> None:
-    other = system.start("worker", "n2", NODE_NAME="n2", DATA_DIR=str(system.folder / "n1/data"))
+    other = system.start("worker", "other", NODE_NAME="other", DATA_DIR=str(data_of(system)))
     assert await other.wait() == 2
-    assert "is in use by the worker of node n1" in (system.folder / "n2.err").read_text()
+    assert f"is in use by the worker of node {system.node}" in (system.folder / "other.err").read_text()
 
 
-async def test_a_frozen_worker_is_replaced_for_good(settings: Settings, tmp_path: Path) -> None:
-    quick = settings.model_copy(update={"heartbeat_seconds": 0.2, "lease_seconds": 10.0})
-    async with running(quick, tmp_path) as system:
-        job_id = await up(system, WAITS + "exit 8")
-        first = system.children[-1]
-        os.kill(system.worker_pid("n1"), signal.SIGSTOP)
-        system.start_worker("n1")
-        assert await first.wait() == 3
-        let_go(system, job_id)
-        assert await ended(system, job_id) == ("FAILED", 8, None)
+async def test_a_frozen_worker_is_replaced_for_good(system: System) -> None:
+    job_id = await up(system, WAITS + "exit 8")
+    first = system.children[-1]
+    os.kill(system.worker_pid(), signal.SIGSTOP)
+    system.start_worker(system.node, 16)
+    assert await first.wait() == 3
+    let_go(system, job_id)
+    assert await ended(system, job_id) == ("FAILED", 8, None)
 
 
-async def test_end_jobs_ends_them_with_their_grace(settings: Settings, tmp_path: Path) -> None:
-    ending = settings.model_copy(update={"end_jobs": True, "kill_grace_seconds": 20.0})
-    async with running(ending, tmp_path) as system:
+async def test_end_jobs_ends_them_with_their_grace(servers: System, tmp_path: Path) -> None:
+    ending = {"end_jobs": True, "kill_grace_seconds": 20.0}
+    async with beside(servers, tmp_path, {tmp_path.name: 4}, **ending) as system:
         job_id = await up(system, "#!/bin/bash\ntrap 'exit 6' TERM\necho up\nwhile :; do sleep 0.02; done")
         again = await up(system, "#!/bin/bash\necho up\nsleep 1000", requeue=True)
         system.children[-1].process.send_signal(signal.SIGTERM)

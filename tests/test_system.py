@@ -10,12 +10,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
 
+import asyncpg
 import pytest
 import redis.asyncio
 
 from core.client import Client, ClientError
+from core.db.audit import audit
 from core.settings import Settings
-from tests.system import LEDGER_SCRIPT, System, alive_with, most_held, read_ledger, running, until
+from tests.builders import settings_for
+from tests.conftest import Databases
+from tests.system import LEDGER_SCRIPT, System, alive_with, beside, most_held, read_ledger, running, until
 
 pytestmark = pytest.mark.anyio
 
@@ -23,10 +27,25 @@ GUIDE_JOB = {"name": "migration-test", "account": "test", "cpus_per_task": 1, "n
 GUIDE_SCRIPT = "#!/bin/bash\necho Migration successful!\nsleep 5"
 
 
-@pytest.fixture
-async def system(settings: Settings, tmp_path: Path) -> AsyncIterator[System]:
-    async with running(settings, tmp_path) as found:
+@pytest.fixture(scope="module")
+async def a_system(
+    databases: Databases, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[System]:
+    folder = tmp_path_factory.mktemp("system")
+    async with databases.one() as url, running(settings_for(url, redis_url, folder), folder) as found:
         yield found
+
+
+@pytest.fixture
+async def system(a_system: System) -> AsyncIterator[System]:
+    """The system, with nothing to do; whatever the test did, nothing is left of it and no invariant is broken."""
+    yield a_system
+    await a_system.clear()
+    connection = await asyncpg.connect(a_system.settings.postgres_dsn)
+    try:
+        assert await audit(connection) == []
+    finally:
+        await connection.close()
 
 
 async def cpus_in_use(system: System) -> int:
@@ -62,29 +81,31 @@ async def test_the_guides_job(system: System) -> None:
     assert not list((system.folder / "n1/data/scripts").glob("job-*"))
 
 
-async def test_mixed_jobs_never_hold_more_than_there_is(settings: Settings, tmp_path: Path) -> None:
+async def test_mixed_jobs_never_hold_more_than_there_is(system: System, tmp_path: Path) -> None:
     """200 jobs through two APIs with two schedulers: what overlaps fits, all is used, each runs once."""
     ledger, cpus, count = tmp_path / "ledger", 8, 200
     luck = random.Random(7)
     sizes = [luck.choice([1, 1, 2, 3, 4, 8]) for _ in range(count)]
-    async with running(settings, tmp_path, workers={"n1": cpus}, schedulers=2) as system:
-        async with Client(system.start_api("api-2")) as second:
-            await system.healthy(second)
+    async with beside(system, tmp_path, {"eight": cpus}) as own:
+        own.start("scheduler", "scheduler-2")
+        async with Client(own.start_api("api-2")) as second:
+            await own.healthy(second)
 
             async def post(number: int) -> int:
                 environment = {"LEDGER": str(ledger), "SECONDS_LONG": f"0.{luck.randint(1, 9):02}"}
-                job = {"account": "test", "cpus_per_task": sizes[number], "environment": environment}
-                return (await (system.api, second)[number % 2].submit(job, LEDGER_SCRIPT))["job_id"]
+                job = {"account": "test", "partition": own.partition, "cpus_per_task": sizes[number]}
+                api = (own.api, second)[number % 2]
+                return (await api.submit({**job, "environment": environment}, LEDGER_SCRIPT))["job_id"]
 
             job_ids = await asyncio.gather(*map(post, range(count)))
-            jobs = [await system.api.wait(job_id) for job_id in job_ids]
+            jobs = [await own.api.wait(job_id) for job_id in job_ids]
         assert {job["state"] for job in jobs} == {"COMPLETED"}
         assert await cpus_in_use(system) == 0
     entries = read_ledger(ledger)
     assert Counter((e.what, e.job_id) for e in entries) == Counter(
         (what, job_id) for job_id in job_ids for what in ("start", "end")
     )
-    assert most_held(entries, "n1") == cpus
+    assert most_held(entries, "eight") == cpus
 
 
 async def test_ends_as_they_happened(system: System) -> None:
@@ -202,19 +223,19 @@ async def test_output_of_both_streams_while_it_runs(system: System) -> None:
     assert job["standard_error"] == str(folder / f"e-{job_id:04}")
 
 
-async def test_two_nodes_run_what_fits_and_both_serve_their_output(settings: Settings, tmp_path: Path) -> None:
-    async with running(settings, tmp_path, workers={"n1": 1, "n2": 3}) as system:
+async def test_two_nodes_run_what_fits_and_both_serve_their_output(system: System, tmp_path: Path) -> None:
+    async with beside(system, tmp_path, {"small": 1, "large": 3}) as two:
 
         async def run(cpus: int) -> tuple[list[str], bytes]:
-            job = await system.run("#!/bin/bash\necho $SLURMD_NODENAME; sleep 0.2", cpus_per_task=cpus)
-            return job["nodes"], await system.api.logs(job["job_id"])
+            job = await two.run("#!/bin/bash\necho $SLURMD_NODENAME; sleep 0.2", cpus_per_task=cpus)
+            return job["nodes"], await two.api.logs(job["job_id"])
 
         ends = await asyncio.gather(*map(run, (3, 1, 1, 1, 1)))
-        assert ends[0] == (["n2"], b"n2\n")
-        assert {nodes[0] for nodes, _ in ends} == {"n1", "n2"}
+        assert ends[0] == (["large"], b"large\n")
+        assert {nodes[0] for nodes, _ in ends} == {"small", "large"}
         assert all(output == f"{nodes[0]}\n".encode() for nodes, output in ends)
         with pytest.raises(ClientError, match="has 3"):
-            await system.api.submit({"account": "a", "cpus_per_task": 4}, "#!/bin/bash\n")
+            await two.submit("#!/bin/bash\n", cpus_per_task=4)
 
 
 async def test_without_redis_jobs_run_all_the_same(settings: Settings, tmp_path: Path) -> None:
@@ -240,17 +261,15 @@ async def test_an_emptied_redis_costs_no_job(system: System) -> None:
     assert [(await system.api.wait(job_id))["exit_code"] for job_id in job_ids] == list(range(20))
 
 
-async def test_a_node_whose_worker_is_gone_is_down_and_given_nothing(settings: Settings, tmp_path: Path) -> None:
-    quick = settings.model_copy(update={"heartbeat_seconds": 0.2, "lease_seconds": 1.0})
-    async with running(quick, tmp_path) as system:
-        for pid in alive_with(str(system.folder / "n1")):
+async def test_a_node_whose_worker_is_gone_is_down_and_given_nothing(system: System, tmp_path: Path) -> None:
+    async with beside(system, tmp_path, {"gone": 4}, heartbeat_seconds=0.2, lease_seconds=1.0) as own:
+        for pid in alive_with(str(own.folder / "gone")):
             os.kill(pid, signal.SIGKILL)
-        await system.node_is("n1", "DOWN")
-        job = await system.api.submit({"account": "a"}, "#!/bin/bash\nexit 4")
-        await asyncio.sleep(0)
-        assert (await system.api.job(job["job_id"]))["state"] == "PENDING"
-        system.start_worker("n1")
-        assert (await system.api.wait(job["job_id"]))["exit_code"] == 4
+        await own.node_is("gone", "DOWN")
+        job = await own.submit("#!/bin/bash\nexit 4")
+        assert (await own.api.job(job["job_id"]))["state"] == "PENDING"
+        own.start_worker("gone")
+        assert (await own.api.wait(job["job_id"]))["exit_code"] == 4
 
 
 async def test_roles_start_in_any_order_and_wait_for_their_servers(
