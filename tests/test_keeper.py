@@ -131,18 +131,17 @@ async def test_a_worker_killed_while_it_ends_a_job_has_a_successor_that_knows_wh
     job_id = await up(system, TRAPS, time_limit=0.02 if why == "TIMEOUT" else None)
     if why == "CANCELLED":
         await system.api.cancel(job_id)
-    folder = system.folder / f"n1/data/jobs/{job_id}"
+    folder = data_of(system) / f"jobs/{job_id}"
 
     async def told() -> bool:
         return (folder / "told").exists()
 
     await until(told, "SIGTERM has arrived")
-    old = system.worker_pid("n1")
-    os.kill(old, signal.SIGKILL)
+    kill_worker(system)
     for pid in alive_with(f"job-{job_id}.1"):
         os.kill(pid, signal.SIGKILL)  # it ends before the next worker looks
     assert await ended(system, job_id) == (why, None, "KILL")
-    spool = Spool(system.folder / "n1/data/scripts")
+    spool = Spool(data_of(system) / "scripts")
 
     async def forgotten() -> bool:
         return not list((spool.folder / "verdicts").iterdir())
