@@ -27,7 +27,7 @@ from tests.builders import settings_for
 if TYPE_CHECKING:
     from tests.conftest import Databases
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which something that must come is called missing."""
 
 JOBS = "/api/v1/jobs"

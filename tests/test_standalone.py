@@ -21,7 +21,7 @@ from services.standalone.embedded import EmbeddedError, EmbeddedPostgres, Embedd
 from services.standalone.stack import StackError, check_port, claim
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 # A process that owns both servers, says their pids, and does nothing more.
 OWNER = """
