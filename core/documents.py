@@ -6,7 +6,7 @@ from typing import TypedDict
 class JobDocument(TypedDict):
     """A job, with the names of Slurm's job info. Times are RFC 3339 in UTC, memory is MiB.
 
-    Paths are absolute once the job has a node, and as requested before.
+    Paths are absolute once the job has a node, and as requested before, and once that node is deleted.
     """
 
     job_id: int
@@ -26,6 +26,7 @@ class JobDocument(TypedDict):
     requeue: bool
     nodes: list[str]
     batch_host: str | None
+    node_unreachable: bool
     attempt: int
     restart_cnt: int
     submit_time: str
@@ -49,7 +50,11 @@ class JobsDocument(TypedDict):
 
 
 class NodeDocument(TypedDict):
-    """A node, with the names of Slurm's node info."""
+    """A node, with the names of Slurm's node info.
+
+    Who changed its administrative state last, and when, also where that left no reason. The refused writes are those
+    of attempts that were not its own any more, since its worker registered.
+    """
 
     name: str
     hostname: str | None
@@ -57,6 +62,8 @@ class NodeDocument(TypedDict):
     state: str
     state_flags: list[str]
     reason: str | None
+    reason_set_by_user: str | None
+    reason_changed_at: str | None
     partitions: list[str]
     cpus: int
     alloc_cpus: int
@@ -66,6 +73,7 @@ class NodeDocument(TypedDict):
     version: str | None
     registered_time: str
     heartbeat_time: str | None
+    stale_writes_refused: int
 
 
 class NodesDocument(TypedDict):

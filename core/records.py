@@ -71,9 +71,11 @@ class Job:
     standard_error: str | None
     comment: str | None
     work_base_dir: str | None
-    """JOB_WORK_BASE_DIR of the job's node, where relative paths lie; None before it has one."""
+    """JOB_WORK_BASE_DIR of the job's node, where relative paths lie; None before it has one, or once it is deleted."""
     job_user: str | None
-    """The Unix user that jobs of that node run as; None before it has one."""
+    """The Unix user that jobs of that node run as; None in the same cases."""
+    node_unreachable: bool = False
+    """Whether it is RUNNING on a node whose lease is over: how it fares, nobody knows until that is back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,3 +215,4 @@ class Node:
     incarnation: int | None
     version: str | None
     cpu_load: float | None
+    stale_writes_refused: int

@@ -83,6 +83,7 @@ async def test_the_guides_request_works_letter_for_letter(api: Api) -> None:
         "requeue": False,
         "nodes": [],
         "batch_host": None,
+        "node_unreachable": False,
         "attempt": 0,
         "restart_cnt": 0,
         "submit_time": submit_time,
@@ -444,6 +445,8 @@ async def test_nodes_and_their_states(api: Api, node: str) -> None:
         "state": "IDLE",
         "state_flags": [],
         "reason": None,
+        "reason_set_by_user": None,
+        "reason_changed_at": None,
         "partitions": ["default", "long"],
         "cpus": 4,
         "alloc_cpus": 0,
@@ -451,6 +454,7 @@ async def test_nodes_and_their_states(api: Api, node: str) -> None:
         "cpu_load": None,
         "real_memory": 1024,
         "version": "0",
+        "stale_writes_refused": 0,
     }
     await a_started(api, node)
     assert [(await shown())[key] for key in ("state", "alloc_cpus", "alloc_idle_cpus")] == ["MIXED", 1, 3]

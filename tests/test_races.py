@@ -45,7 +45,9 @@ class Storm:
             size = min(count, random.randint(1, 20))
             count -= size
             async with pool.acquire() as connection:
-                self.submitted += await submit(connection, *(a_job(random.randint(1, 4)) for _ in range(size)))
+                self.submitted += await submit(
+                    connection, *(a_job(random.randint(1, 4), requeue=True) for _ in range(size))
+                )
             await asyncio.sleep(0)
 
     async def allocator(self, pool: Pool) -> None:

@@ -5,6 +5,7 @@ import inspect
 import json
 import pkgutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from random import Random
 from types import ModuleType
@@ -16,6 +17,7 @@ import pytest
 import core.db
 from core.db import allocations, audit, jobs, nodes, pending
 from core.db.connection import SESSION
+from core.loss import Lease, Loss
 from core.policy import plan
 from core.records import Attempt, Capacity, Ending, Placement, Waiting
 from core.states import Reason, State
@@ -82,7 +84,7 @@ UPDATE jobs SET state = 'COMPLETED', attempt = 1, node = 'n1', start_time = now(
 WHERE job_id <= 20000;
 UPDATE jobs SET state = CASE WHEN job_id % 2 = 0 THEN 'RUNNING' ELSE 'CONFIGURING' END, attempt = 1, cpus = 1,
                 cpus_per_task = 1, node = 'n' || 1 + job_id % 8,
-                start_time = CASE WHEN job_id % 2 = 0 THEN now() END
+                start_time = CASE WHEN job_id % 2 = 0 THEN now() END, incarnation = 1
 WHERE job_id BETWEEN 20001 AND 20512;
 
 INSERT INTO allocations (job_id, node, attempt, cpus) SELECT job_id, node, 1, cpus FROM jobs
@@ -161,6 +163,21 @@ def endings(count: int) -> list[Ending]:
     return [Ending(job_id, 1, State.COMPLETED, Reason.NONE, exit_code=0) for job_id in HELD[:count]]
 
 
+A_LOSS = Loss(
+    Lease(
+        "n1",
+        1,
+        datetime.now(UTC),
+        alive=False,
+        draining=False,
+        holds=True,
+        grace=timedelta(),
+        requeue_after=timedelta(),
+    ),
+    requeue=True,
+    limits=datetime.now(UTC),
+)
+
 Use = Callable[[Any, int], Awaitable[object]]
 
 HOT: dict[str, Use] = {
@@ -177,6 +194,8 @@ HOT: dict[str, Use] = {
     "release": lambda c, n: allocations.release(c, endings(n), node="n1", before=State.RUNNING, incarnation=1),
     "of_node": lambda c, n: allocations.of_node(c, "n1"),
     "stranded": lambda c, n: allocations.stranded(c, n),
+    "end_on_down": lambda c, n: allocations.end_on_down(c, n),
+    "lock_overdue": lambda c, n: allocations.lock_overdue(c, A_LOSS, n),
     "newest": lambda c, n: jobs.page(c, jobs.Filter(), newest_first=True, after=None, limit=n),
     "oldest": lambda c, n: jobs.page(c, jobs.Filter(), newest_first=False, after=WAITING[n], limit=n),
 }
@@ -346,6 +365,14 @@ BREAKS = {
     "one start": [
         "INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, attempt, 'RUNNING', 'None'"
         " FROM jobs WHERE state = 'RUNNING'"
+    ],
+    "fencing": [
+        "UPDATE jobs SET incarnation = 9 WHERE state = 'RUNNING'",
+        "UPDATE jobs SET incarnation = NULL WHERE state = 'RUNNING'",
+    ],
+    "restart": [
+        "UPDATE jobs SET restart_cnt = 1 WHERE state = 'COMPLETED'",
+        "UPDATE jobs SET restart_cnt = 2, requeue = true WHERE state = 'COMPLETED'",
     ],
     "exit": ["UPDATE jobs SET exit_code = NULL WHERE state = 'TIMEOUT'"],
 }

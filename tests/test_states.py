@@ -52,11 +52,12 @@ async def force(connection: asyncpg.Connection, state: State) -> int:
 
     Whatever its state, everything but the state fits a move as well as the CHECKs allow.
     """
-    [job_id] = await submit(connection, a_job(2))
+    [job_id] = await submit(connection, a_job(2, requeue=True))
     placed, ended, ran = state in HOLDING, state in FINAL, state not in (State.PENDING, State.CONFIGURING)
     await connection.execute(
         """UPDATE jobs SET state = $2, attempt = $3, node = $4, allocate_time = CASE WHEN $4 <> '' THEN now() END,
-                           start_time = CASE WHEN $5 THEN now() END, end_time = CASE WHEN $6 THEN now() END,
+                           start_time = CASE WHEN $5 THEN now() END, incarnation = CASE WHEN $5 THEN 1 END,
+                           end_time = CASE WHEN $6 THEN now() END,
                            exit_code = CASE WHEN $6 THEN 0 END
            WHERE job_id = $1""",
         job_id, state, ATTEMPT, NODE if placed or ended else None, ran, ended,

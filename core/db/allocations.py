@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+
+import asyncpg
+import structlog
 
 from core.db.connection import Connection
+from core.loss import Loss
 from core.records import Attempt, Dispatch, Ending, Placement
-from core.states import FINAL, State, is_legal
+from core.states import FINAL, Reason, State, is_legal
 
 _PLACE = """
 WITH input AS (
@@ -186,3 +191,58 @@ ORDER BY a.node, a.job_id LIMIT $1
 async def stranded(connection: Connection, limit: int) -> list[Dispatch]:
     """Attempts that have not started, on nodes whose lease is over or that drain."""
     return [Dispatch(*row) for row in await connection.fetch(_STRANDED, limit)]
+
+
+_OVERDUE = """
+SELECT j.job_id, j.attempt, j.requeue
+FROM allocations a JOIN jobs j USING (job_id, attempt)
+WHERE a.node = $1 AND j.state = 'RUNNING'
+  AND CASE WHEN j.requeue THEN $2
+           -- A script may begin later than its attempt, when its worker died in between, but then not in silence.
+           ELSE greatest(j.start_time, $3) + make_interval(secs => j.time_limit_seconds) <= $4 END
+ORDER BY j.job_id LIMIT $5 FOR NO KEY UPDATE OF j SKIP LOCKED
+"""
+
+
+async def lock_overdue(connection: Connection, loss: Loss, limit: int) -> dict[Attempt, bool]:
+    """Lock what runs no more on a lost node: what may be requeued (True), and what has reached its time limit (False).
+
+    What somebody else holds at this moment is passed over.
+    """
+    lease = loss.lease
+    rows = await connection.fetch(_OVERDUE, lease.node, loss.requeue, lease.heartbeat_time, loss.limits, limit)
+    return {Attempt(row[0], row[1]): row[2] for row in rows}
+
+
+_ON_DOWN = """
+SELECT a.job_id, a.attempt, a.node, j.state, n.admin_reason
+FROM nodes n JOIN allocations a ON a.node = n.name JOIN jobs j USING (job_id, attempt)
+WHERE n.admin_state = 'DOWN' AND ($1::text IS NULL OR n.name = $1)
+ORDER BY a.node, j.state, a.job_id LIMIT $2
+"""
+
+
+async def end_on_down(connection: Connection, limit: int, node: str | None = None) -> list[Dispatch]:
+    """End what nodes that are declared DOWN hold, or one of them: NODE_FAIL, or PENDING again where it has not started.
+
+    Answers what ended, of at most `limit` attempts; one that starts at this moment is for the next call. Each node
+    and state is a transaction of its own (see schema.sql, lock order), so this is not to be called in one.
+    """
+    rows = await connection.fetch(_ON_DOWN, node, limit)
+    ended = []
+    for (name, before), group in groupby(rows, key=lambda row: (row["node"], State(row["state"]))):
+        endings = [_on_down(row) for row in group]
+        done = await release(connection, endings, node=name, before=before)
+        for ending in endings:
+            if Attempt(ending.job_id, ending.attempt) in done:
+                ended.append(Dispatch(ending.job_id, ending.attempt, name))
+                log = structlog.get_logger().bind(job_id=ending.job_id, attempt=ending.attempt, node=name)
+                log.warning("job_ended_by_down", state=ending.state)
+    return ended
+
+
+def _on_down(row: asyncpg.Record) -> Ending:
+    if State(row["state"]) is State.CONFIGURING:
+        return Ending(row["job_id"], row["attempt"], State.PENDING, Reason.NONE)
+    why = f"node {row['node']} was declared DOWN: {row['admin_reason']}"
+    return Ending(row["job_id"], row["attempt"], State.NODE_FAIL, Reason.NODE_DOWN, why)

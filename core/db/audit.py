@@ -34,6 +34,13 @@ INVARIANTS = {
     "one start: no attempt entered RUNNING twice": """
         SELECT job_id, attempt, count(*) FROM job_events WHERE to_state = 'RUNNING'
         GROUP BY job_id, attempt HAVING count(*) > 1""",
+    "fencing: what runs was started by a worker that its node has had": """
+        SELECT j.job_id, j.node, j.incarnation, l.incarnation AS of_node
+        FROM allocations a JOIN jobs j USING (job_id) LEFT JOIN node_leases l ON l.node = a.node
+        WHERE j.state = 'RUNNING' AND (j.incarnation IS NULL OR j.incarnation > l.incarnation)""",
+    "restart: only a job that allows it was started again after its script had run": """
+        SELECT job_id, attempt, restart_cnt, requeue FROM jobs
+        WHERE restart_cnt > 0 AND (NOT requeue OR restart_cnt > attempt)""",
     "exit: a script that ran to its end has exactly one of exit_code and signal": """
         SELECT job_id, state, exit_code, signal FROM jobs
         WHERE (state IN ('COMPLETED', 'TIMEOUT') AND (exit_code IS NULL) = (signal IS NULL))

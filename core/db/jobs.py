@@ -76,7 +76,9 @@ async def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[tuple[i
 
 
 _GET = """
-SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user
+SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user,
+       j.state = 'RUNNING' AND NOT EXISTS (SELECT FROM node_leases l WHERE l.node = j.node
+                                           AND l.lease_until > clock_timestamp()) AS node_unreachable
 FROM jobs j JOIN job_specs s USING (job_id) LEFT JOIN nodes n ON n.name = j.node
 WHERE j.job_id = $1
 """
@@ -110,7 +112,9 @@ class Filter:
 
 
 _NEWEST = """
-SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user
+SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user,
+       j.state = 'RUNNING' AND NOT EXISTS (SELECT FROM node_leases l WHERE l.node = j.node
+                                           AND l.lease_until > clock_timestamp()) AS node_unreachable
 FROM jobs j JOIN job_specs s USING (job_id) LEFT JOIN nodes n ON n.name = j.node
 WHERE ($1::bigint IS NULL OR j.job_id < $1) AND ($2::text[] IS NULL OR j.state = ANY ($2))
   AND ($3::text IS NULL OR j.account = $3) AND ($4::text IS NULL OR j.name = $4) AND ($5::text IS NULL OR j.node = $5)
@@ -119,7 +123,9 @@ ORDER BY j.job_id DESC LIMIT $8
 """
 
 _OLDEST = """
-SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user
+SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user,
+       j.state = 'RUNNING' AND NOT EXISTS (SELECT FROM node_leases l WHERE l.node = j.node
+                                           AND l.lease_until > clock_timestamp()) AS node_unreachable
 FROM jobs j JOIN job_specs s USING (job_id) LEFT JOIN nodes n ON n.name = j.node
 WHERE ($1::bigint IS NULL OR j.job_id > $1) AND ($2::text[] IS NULL OR j.state = ANY ($2))
   AND ($3::text IS NULL OR j.account = $3) AND ($4::text IS NULL OR j.name = $4) AND ($5::text IS NULL OR j.node = $5)

@@ -1,6 +1,10 @@
 """The tables nodes and node_leases: registration, heartbeats, and the capacity that may be given out."""
 
+from dataclasses import dataclass, fields
+from datetime import datetime
+
 from core.db.connection import Connection
+from core.loss import Lease
 from core.records import Capacity, Holder, Node, NodeSpec
 
 _ADD = """
@@ -20,7 +24,8 @@ ON CONFLICT (node) DO UPDATE SET
     spool_id = excluded.spool_id, hostname = excluded.hostname,
     heartbeat_time = excluded.heartbeat_time, lease_until = excluded.lease_until, draining = false,
     address = excluded.address, secret = excluded.secret, version = excluded.version,
-    grace_seconds = excluded.grace_seconds, requeue_after_seconds = excluded.requeue_after_seconds
+    grace_seconds = excluded.grace_seconds, requeue_after_seconds = excluded.requeue_after_seconds,
+    stale_writes_refused = 0
 WHERE l.spool_id = excluded.spool_id OR l.lease_until < clock_timestamp()
 RETURNING incarnation
 """
@@ -77,17 +82,28 @@ async def is_current(connection: Connection, node: str, incarnation: int) -> boo
 
 _HEARTBEAT = """
 UPDATE node_leases SET heartbeat_time = clock_timestamp(), lease_until = clock_timestamp() + make_interval(secs => $3),
-                       draining = $4, cpu_load = $5
+                       draining = $4, cpu_load = $5, stale_writes_refused = $6
 WHERE node = $1 AND incarnation = $2
 RETURNING true
 """
 
 
 async def heartbeat(
-    connection: Connection, node: str, incarnation: int, *, lease_seconds: float, draining: bool, cpu_load: float
+    connection: Connection,
+    node: str,
+    incarnation: int,
+    *,
+    lease_seconds: float,
+    draining: bool,
+    cpu_load: float,
+    stale_writes_refused: int = 0,
 ) -> bool:
     """Prolong the lease; False when a newer incarnation holds it."""
-    return bool(await connection.fetchval(_HEARTBEAT, node, incarnation, lease_seconds, draining, cpu_load))
+    return bool(
+        await connection.fetchval(
+            _HEARTBEAT, node, incarnation, lease_seconds, draining, cpu_load, stale_writes_refused
+        )
+    )
 
 
 _GIVE_UP = """
@@ -126,6 +142,44 @@ async def resume_itself(connection: Connection, node: str, incarnation: int) -> 
     return bool(await connection.fetchval(_RESUME_ITSELF, node, incarnation))
 
 
+_SET_STATE = """
+WITH changed AS (
+    UPDATE nodes SET admin_state = $2, admin_reason = $3, admin_by = $4, admin_time = clock_timestamp()
+    WHERE name = $1 AND (admin_state, admin_reason, admin_by) IS DISTINCT FROM ($2, $3, $4)
+    RETURNING name
+)
+SELECT EXISTS (SELECT FROM changed) FROM nodes WHERE name = $1
+"""
+
+
+async def set_state(connection: Connection, node: str, state: str, *, reason: str | None, by: str) -> bool | None:
+    """Take a node out (DRAIN, DOWN) or back in (RESUME) on an operator's word; None when there is no such node.
+
+    Said again it changes nothing, not even the time: False.
+    """
+    changed: bool | None = await connection.fetchval(_SET_STATE, node, state, reason, by)
+    return changed
+
+
+_FORGET = """
+WITH lease AS (
+    -- Locked first, as in a registration: a worker that comes back lives by then, or finds its node forgotten.
+    SELECT lease_until > clock_timestamp() AS alive FROM node_leases WHERE node = $1 FOR UPDATE
+)
+DELETE FROM nodes n USING (SELECT coalesce(bool_or(alive), false) AS alive FROM lease) l
+WHERE n.name = $1 AND n.alloc_cpus = 0 AND (n.admin_state = 'DOWN' OR NOT l.alive)
+RETURNING true
+"""
+
+
+async def forget(connection: Connection, node: str) -> bool:
+    """Forget a node that is DOWN, declared or silent, and holds nothing; False for any other.
+
+    Should a worker of it live all the same, its next heartbeat tells it.
+    """
+    return bool(await connection.fetchval(_FORGET, node))
+
+
 _FREE = """
 SELECT n.name, n.partitions, n.cpus - n.alloc_cpus
 FROM nodes n JOIN node_leases l ON l.node = n.name
@@ -153,7 +207,7 @@ _ALL = """
 SELECT n.name, n.partitions, n.cpus, n.declared_cpus, n.alloc_cpus, n.memory_mib, n.admin_state, n.admin_reason,
        n.admin_by, n.admin_time, n.registered_time, coalesce(l.lease_until > clock_timestamp(), false) AS alive,
        coalesce(l.draining, false) AS draining, l.hostname, l.address, l.heartbeat_time, l.incarnation, l.version,
-       l.cpu_load
+       l.cpu_load, coalesce(l.stale_writes_refused, 0) AS stale_writes_refused
 FROM nodes n LEFT JOIN node_leases l ON l.node = n.name
 WHERE $1::text IS NULL OR n.name = $1
 ORDER BY n.name
@@ -164,6 +218,44 @@ async def all_nodes(connection: Connection, name: str | None = None) -> list[Nod
     """Every node, or the one of that name."""
     rows = await connection.fetch(_ALL, name)
     return [Node(**{**row, "partitions": tuple(row["partitions"])}) for row in rows]
+
+
+_LEASES = """
+SELECT now() AS now, pg_postmaster_start_time() AS server_start, l.node, l.incarnation, l.heartbeat_time,
+       l.lease_until > now() AS alive, l.draining, n.alloc_cpus > 0 AS holds,
+       make_interval(secs => l.grace_seconds) AS grace, make_interval(secs => l.requeue_after_seconds) AS requeue_after
+FROM node_leases l JOIN nodes n ON n.name = l.node
+ORDER BY l.node
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Leases:
+    """Every lease at one instant."""
+
+    now: datetime
+    server_start: datetime
+    leases: list[Lease]
+
+
+async def leases(connection: Connection) -> Leases | None:
+    """Every lease as it is now; None while there is no node."""
+    rows = await connection.fetch(_LEASES)
+    if not rows:
+        return None
+    names = [field.name for field in fields(Lease)]
+    found = [Lease(**{name: row[name] for name in names}) for row in rows]
+    return Leases(rows[0]["now"], rows[0]["server_start"], found)
+
+
+_HOLD_SILENCE = """
+SELECT true FROM node_leases WHERE node = $1 AND incarnation = $2 AND heartbeat_time = $3 FOR NO KEY UPDATE
+"""
+
+
+async def hold_silence(connection: Connection, lease: Lease) -> bool:
+    """Whether a node has been silent ever since; until the end of the caller's transaction its heartbeats wait."""
+    return bool(await connection.fetchval(_HOLD_SILENCE, lease.node, lease.incarnation, lease.heartbeat_time))
 
 
 _FILE_SERVER = "SELECT address, secret FROM node_leases WHERE node = $1 AND lease_until > clock_timestamp()"

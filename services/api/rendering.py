@@ -65,6 +65,7 @@ def job_document(job: Job) -> JobDocument:
         "requeue": job.requeue,
         "nodes": [] if job.node is None else [job.node],
         "batch_host": job.node,
+        "node_unreachable": job.node_unreachable,
         "attempt": job.attempt,
         "restart_cnt": job.restart_cnt,
         "submit_time": rfc3339(job.submit_time),
@@ -90,6 +91,8 @@ def node_document(node: Node) -> NodeDocument:
         "state": _state(node),
         "state_flags": _flags(node),
         "reason": node.admin_reason or _reason(node),
+        "reason_set_by_user": node.admin_by,
+        "reason_changed_at": _when(node.admin_time),
         "partitions": list(node.partitions),
         "cpus": node.cpus,
         "alloc_cpus": node.alloc_cpus,
@@ -99,6 +102,7 @@ def node_document(node: Node) -> NodeDocument:
         "version": node.version,
         "registered_time": rfc3339(node.registered_time),
         "heartbeat_time": _when(node.heartbeat_time),
+        "stale_writes_refused": node.stale_writes_refused,
     }
 
 

@@ -2,18 +2,20 @@
 
 import asyncio
 import sys
+from collections.abc import Awaitable
 
 import uvloop
 
 from core import role, streams
 from core.db import schema
-from core.db.connection import PLANNED_ONCE, Line, open_pool
+from core.db.connection import PLANNED_ONCE, Line, Pool, open_pool
 from core.duty import repeat
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
 from services.scheduler.allocate import BATCH, allocate_once
 from services.scheduler.dispatch import UNCLAIMED_SECONDS, Outbox, dispatch_once, republish_once
 from services.scheduler.lead import lead
+from services.scheduler.lose import Watch
 from services.scheduler.reap import reap_once
 
 POOL_SIZE = 2
@@ -42,7 +44,8 @@ async def _schedule(settings: Settings) -> None:
                         lambda: repeat("allocate", lambda: _allocate(line, outbox), wake, poll),
                         lambda: repeat("dispatch", lambda: dispatch_once(outbox, client), outbox.filled, poll),
                         lambda: repeat("republish", lambda: republish_once(pool, client), Wakeup(), UNCLAIMED_SECONDS),
-                        lambda: repeat("reap", lambda: reap_once(pool), Wakeup(), poll),
+                        lambda: repeat("reap", lambda: _waking(wake, reap_once(pool)), Wakeup(), poll),
+                        lambda: _lose(pool, settings, wake),
                     ],
                 )
             )
@@ -57,6 +60,20 @@ async def _allocate(line: Line, outbox: Outbox) -> bool:
     placed = await allocate_once(line)
     outbox.put(placed)
     return len(placed) == BATCH
+
+
+async def _lose(pool: Pool, settings: Settings, wake: Wakeup) -> None:
+    """Whoever begins to lead begins to watch; it looks several times in a lease."""
+    watch, lease = Watch(pool, settings.lease_seconds), settings.lease_seconds
+    await repeat("lose", lambda: _waking(wake, watch.lose_once()), Wakeup(), min(settings.poll_seconds, lease / 4))
+
+
+async def _waking(wake: Wakeup, look: Awaitable[int]) -> int:
+    """Wake the allocator when a look has found something: CPUs came back, or a job waits again."""
+    found = await look
+    if found:
+        wake.set()
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

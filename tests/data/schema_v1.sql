@@ -57,6 +57,7 @@ CREATE TABLE node_leases (
     secret            text NOT NULL,
     version           text NOT NULL,
     cpu_load          real,
+    stale_writes_refused bigint NOT NULL DEFAULT 0,  -- to this incarnation
     -- What its worker grants: seconds between SIGTERM and SIGKILL, and of silence before it ends what may be requeued.
     grace_seconds     double precision NOT NULL,
     requeue_after_seconds double precision NOT NULL
