@@ -60,8 +60,7 @@ async def look_once(node: Node, begin: Begin) -> int:
         if holding is not None and holding.cancel_requested:
             run.cancel()
         elif holding is None and attempt in node.runs and not await _is_current(node, attempt):
-            run.fenced = True
-            run.stop()
+            run.fence()
     waiting = [attempt for attempt, h in held.items() if h.state is State.CONFIGURING]
     await start(node, waiting, begin)
     return 0

@@ -37,10 +37,16 @@ def mark(job_id: int, attempt: int, spool_id: str) -> str:
     return f"{job_id}:{attempt}:{spool_id}"
 
 
+def read_mark(text: str | None) -> tuple[int, int, str] | None:
+    """The job, the attempt and the spool's id that a mark names; None when it is no mark."""
+    words = (text or "").split(":")
+    return (int(words[0]), int(words[1]), words[2]) if len(words) == 3 and _are_numbers(words[:2]) else None
+
+
 def tag_of_mark(text: str | None) -> int | None:
     """The tag (proc.py) of the attempt that a mark names; None when it is no mark."""
-    words = (text or "").split(":")
-    return tag_of(int(words[0]), int(words[1]), words[2]) if len(words) == 3 and _are_numbers(words[:2]) else None
+    named = read_mark(text)
+    return None if named is None else tag_of(*named)
 
 
 def _are_numbers(words: list[str]) -> bool:

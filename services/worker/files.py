@@ -17,12 +17,14 @@ from types import TracebackType
 from typing import Final, Self
 
 from core.errors import RowlockError
+from core.records import Attempt
 from services.worker.process import LaunchFailed
 
 NULL: Final = "/dev/null"
 MAX_SHEBANG: Final = 255
 """Bytes of a first line that the kernel looks at (BINPRM_BUF_SIZE less one)."""
 
+_SCRIPT: Final = re.compile(r"job-([0-9]+)\.([0-9]+)", re.ASCII)
 # The kernel takes what follows the interpreter as one argument, blanks within it included (binfmt_script.c).
 _SHEBANG: Final = re.compile(r"#![ \t]*([^ \t]+)(?:[ \t]+(.*?))?[ \t]*", re.DOTALL)
 # O_PATH: a folder that one may pass through, but not list, is good enough.
@@ -199,6 +201,12 @@ def script_path(script_dir: Path, job_id: int, attempt: int) -> Path:
 
 def _script_name(job_id: int, attempt: int) -> str:
     return f"job-{job_id}.{attempt}"
+
+
+def scripts_of(script_dir: Path) -> set[Attempt]:
+    """The attempts whose scripts lie there."""
+    found = (_SCRIPT.fullmatch(path.name) for path in script_dir.iterdir())
+    return {Attempt(int(name[1]), int(name[2])) for name in found if name}
 
 
 class Scripts:

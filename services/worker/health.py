@@ -7,6 +7,7 @@ from contextlib import suppress
 import structlog
 
 from core.db import nodes
+from services.worker import proc
 from services.worker.node import Node
 
 PROBE_BYTES = 256 * 1024
@@ -54,12 +55,13 @@ def _probe(node: Node) -> str | None:
 async def end_after_silence_once(node: Node) -> int:
     """End jobs whose requeue was granted once PostgreSQL has been silent for REQUEUE_AFTER: by then others may go on.
 
-    By a monotonic clock, counted from the last heartbeat that was answered. Jobs without a granted requeue run on.
+    By a clock that nobody sets, counted from the last heartbeat that was answered, as the database counts from when
+    it wrote that, which is later (core/loss.py). Jobs without a granted requeue run on.
     """
-    if asyncio.get_running_loop().time() - node.heard < node.settings.requeue_after:
+    if proc.now() - node.heard < node.settings.requeue_after:
         return 0
     for run in node.runs.values():
-        if run.spec.requeue and not run.stopped:
+        if run.spec.requeue and not run.over and not run.stopped:
             structlog.get_logger().warning("job_ended_in_silence", job_id=run.spec.job_id, attempt=run.spec.attempt)
             run.stop()
     return 0

@@ -13,6 +13,10 @@ session leader that bears a tag (spool.py). The next worker finds its jobs by th
 from the record. A record that cannot be written (a full disk) is tried again: until then the process stays
 unreaped, and its status in the kernel.
 
+What may be requeued starts elsewhere once its node has been silent for long enough, so something here must have
+ended it by then. That is the worker, unless it is stopped, frozen, or still waits for PostgreSQL itself: then it
+is the keeper, which sees in the spool for how long nobody has heard PostgreSQL.
+
 It needs no database and no settings, imports the standard library alone, and is small enough to never change.
 """
 
@@ -28,6 +32,7 @@ from pathlib import Path
 from typing import Final
 
 from services.worker import proc
+from services.worker.environment import MARK, tag_of_mark
 from services.worker.spool import Leader, Spool
 
 KEEPER_VARIABLE: Final = "ROWLOCK_KEEPER"
@@ -41,7 +46,7 @@ FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 10.0
 STEADY_SECONDS: Final = 30.0
 PAUSE_SECONDS: Final = 1.0
-"""How often it looks when nothing tells it to: for records that could not be written."""
+"""How often it looks when nothing tells it to: for records that could not be written, and for silence."""
 
 _STOPS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
@@ -215,6 +220,7 @@ class Keeper:
 
     def _look(self) -> int | None:
         """Reap what has died; the worker's exit code when it is among them."""
+        self._end_in_silence()
         code = None
         for pid in proc.children(os.getpid()):
             found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -227,6 +233,18 @@ class Keeper:
                 continue  # stays unreaped: its status is in the kernel
             os.waitpid(pid, 0)
         return code
+
+    def _end_in_silence(self) -> None:
+        """Kill what may soon be started elsewhere, without a warning: its grace period is over as well."""
+        if self._spool is None or not (tags := self._spool.silent_tags()):
+            return
+        for pid in proc.all_pids():
+            stat = proc.read_stat(pid)
+            for tag in tags & {proc.read_tag(pid), tag_of_mark(proc.read_variable(pid, MARK))}:
+                if stat is not None and not stat.dead:
+                    with suppress(OSError):  # a full disk: the worker has to go by the exit alone
+                        self._spool.write_silence(tag)
+                    proc.kill(pid, stat.start)
 
     def _recorded(self, pid: int, status: int) -> bool:
         """Write the record of a dead process that may be a script; False when it has to be tried again."""

@@ -3,11 +3,13 @@
 import asyncio
 import os
 import secrets
+import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import asyncpg
 import structlog
 
 from core import __version__
@@ -17,6 +19,7 @@ from core.errors import NodeNameTaken, SettingsError
 from core.records import Attempt, Ending, JobSpec, NodeSpec
 from core.settings import Settings
 from core.wakeup import Wakeup
+from services.worker import proc
 from services.worker.environment import Host
 from services.worker.file_server import FileServer
 from services.worker.files import Scripts
@@ -28,6 +31,8 @@ POOL_SIZE = 2
 LOCK_PAUSE_SECONDS = 0.05
 LOCK_PATIENCE_SECONDS = 5
 FIRST_TROUBLE_SECONDS = 0.5
+# The keeper's turn to end what may be requeued comes after the worker's own, grace period included.
+KEEPER_LATER_SECONDS = 2
 
 
 class Superseded(NodeNameTaken):
@@ -55,6 +60,8 @@ class Run:
     """What it is being ended as, and why; perhaps since an earlier worker."""
     lost: str | None = None
     """Why nobody can tell whether it ran, for one that an earlier worker left."""
+    may_run_for: float = 0.0
+    """Seconds for which a lost one may still run on another machine."""
     _patience: asyncio.Timeout | None = None
 
     @property
@@ -71,6 +78,13 @@ class Run:
         """End it: this worker stops, or must give it up."""
         self.stopped = True
         self._hurry()
+
+    def fence(self) -> None:
+        """It is not the current attempt of its job: it ends without a grace period, and nothing is written of it."""
+        self.fenced = True
+        self.stop()
+        if self.script is not None:
+            self.script.signal(signal.SIGKILL)
 
     @asynccontextmanager
     async def patience(self, seconds: float | None) -> AsyncIterator[None]:
@@ -101,7 +115,7 @@ class Node:
     scripts: Scripts
     incarnation: int
     heard: float
-    """When PostgreSQL last answered a heartbeat, by the loop's clock."""
+    """When the last heartbeat that PostgreSQL answered was sent, by `proc.now`."""
     roots: tuple[Path, ...]
     """The folders under which jobs may work and write."""
     runs: dict[Attempt, Run] = field(default_factory=dict)
@@ -113,6 +127,8 @@ class Node:
     trouble_until: float = 0.0
     """Till when it stays in trouble at least, by the loop's clock."""
     trouble_seconds: float = FIRST_TROUBLE_SECONDS
+    stale_writes_refused: int = 0
+    """Ends of attempts that were not the current ones any more."""
     look: Wakeup = field(default_factory=Wakeup)
     beat: Wakeup = field(default_factory=Wakeup)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -122,8 +138,22 @@ class Node:
         """The node's name."""
         return self.settings.node_name
 
+    def tag(self, attempt: Attempt | JobSpec | Ending) -> int:
+        """What the processes of an attempt bear."""
+        return proc.tag_of(attempt.job_id, attempt.attempt, self.host.spool_id)
+
+    def hear(self, asked: float) -> None:
+        """PostgreSQL has answered a heartbeat that was sent at `asked`: from then on silence counts anew."""
+        self.heard = asked
+        settings = self.settings
+        with suppress(OSError):  # then the keeper ends what may be requeued, and nothing else goes wrong
+            self.spool.end_silence(asked + settings.requeue_after + settings.kill_grace_seconds + KEEPER_LATER_SECONDS)
+
     def end(self, run: Run) -> None:
         """The end of a run is committed, or was refused."""
+        if run.spec.requeue:
+            with suppress(OSError):
+                self.spool.end_grant(self.tag(run.spec))
         del self.runs[run.attempt]
         self.changed.set()
 
@@ -138,15 +168,15 @@ async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExit
     server = FileServer(settings, host, pool, secret)
     stack.push_async_callback(server.stop)
     spec = describe_node(settings, host, await server.start(), secret)
-    incarnation = await register(pool, spec, settings)
+    incarnation, asked = await register(pool, spec, settings)
     await hold_spool(spool, settings.node_name, 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS)
     claims, reports = (Line(settings, "worker", **PLANNED_ONCE) for _ in range(2))
     stack.callback(claims.close)
     stack.callback(reports.close)
-    now = asyncio.get_running_loop().time()
-    return Node(
-        settings, pool, claims, reports, host, spool, Scripts(spool.script_dir), incarnation, now, settings.roots
-    )
+    scripts = Scripts(spool.script_dir)
+    node = Node(settings, pool, claims, reports, host, spool, scripts, incarnation, asked, settings.roots)
+    node.hear(asked)
+    return node
 
 
 def describe_node(settings: Settings, host: Host, address: str, secret: str) -> NodeSpec:
@@ -193,15 +223,19 @@ async def hold_spool(spool: Spool, node: str, patience: float) -> None:
         await asyncio.sleep(LOCK_PAUSE_SECONDS)
 
 
-async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> int:
-    """Register the node, waiting for PostgreSQL as long as it takes; answer the incarnation, or raise NodeNameTaken."""
+async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> tuple[int, float]:
+    """Register the node, waiting for PostgreSQL as long as it takes. Raises NodeNameTaken.
+
+    Answers the incarnation, and when it was asked for, by `proc.now`.
+    """
     log, said = structlog.get_logger(), ""
     while True:
+        asked = proc.now()
         try:
             async with pool.acquire() as connection, connection.transaction():
                 incarnation = await nodes.register(connection, spec, settings.lease_seconds)
                 holder = None if incarnation is not None else await nodes.holder(connection, spec.name)
-        except CONNECTION_ERRORS as error:
+        except (asyncpg.ForeignKeyViolationError, *CONNECTION_ERRORS) as error:  # the first: forgotten at this moment
             if (problem := describe(error)) != said:
                 log.warning("registration_waits", error=problem)
                 said = problem
@@ -213,12 +247,12 @@ async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> int:
                 f" this worker a name of its own, or wait until that one's lease is over"
             )
         log.info("node_registered", node=spec.name, cpus=spec.cpus, incarnation=incarnation)
-        return incarnation
+        return incarnation, asked
 
 
 async def heartbeat_once(node: Node) -> int:
-    """Prolong the lease, or raise Superseded when a newer worker holds it."""
-    asked = asyncio.get_running_loop().time()
+    """Prolong the lease, or raise Superseded when a newer worker holds it, or nobody: the node was forgotten."""
+    asked = proc.now()
     async with node.pool.acquire() as connection:
         current = await nodes.heartbeat(
             connection,
@@ -227,10 +261,15 @@ async def heartbeat_once(node: Node) -> int:
             lease_seconds=node.settings.lease_seconds,
             draining=node.draining,
             cpu_load=os.getloadavg()[0],
+            stale_writes_refused=node.stale_writes_refused,
         )
         holder = None if current else await nodes.holder(connection, node.name)
+    if not current and holder is None:
+        raise Superseded(
+            f"node {node.name} was deleted: this worker stops; start it again to register the node anew", elsewhere=True
+        )
     if not current:
-        elsewhere = holder is None or holder.spool_id != node.host.spool_id
+        elsewhere = holder is not None and holder.spool_id != node.host.spool_id
         raise Superseded(f"a newer worker runs as node {node.name}: this one stops", elsewhere=elsewhere)
-    node.heard = asked
+    node.hear(asked)
     return 0

@@ -10,8 +10,10 @@ Only the standard library: the keeper uses this as well.
 import functools
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -117,14 +119,34 @@ def all_pids() -> Iterator[int]:
     return (int(name) for name in os.listdir("/proc") if name.isdecimal())
 
 
+def now() -> float:
+    """Seconds since boot, by a clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def ticks_now() -> int:
     """Now, as the kernel counts the start of a process: clock ticks since boot."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_SECOND)
+    return int(now() * _TICKS_PER_SECOND)
 
 
 def seconds_since(start: int) -> float:
-    """Seconds since a process's start, by a clock that nobody sets."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - start / _TICKS_PER_SECOND
+    """Seconds since a process's start."""
+    return now() - start / _TICKS_PER_SECOND
+
+
+def kill(pid: int, start: int) -> None:
+    """Kill a process that need not be a child of ours; the pidfd holds its number while it is looked at again."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:  # gone
+        return
+    try:
+        stat = read_stat(pid)
+        if stat is not None and stat.start == start:
+            with suppress(ProcessLookupError, PermissionError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
 
 
 def boot_identity() -> str:

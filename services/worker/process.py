@@ -167,11 +167,8 @@ class Adopted:
         return [pid for pid, stat in _tagged(self.tag, self.mark) if stat.group == self.pid and pid != self.pid]
 
     def kill_leftovers(self) -> bool:
-        """Kill whatever bears the tag, wherever on this machine; reads all of /proc."""
-        left = _tagged(self.tag, self.mark)
-        for pid, stat in left:
-            _kill_by_pidfd(pid, stat.start)
-        return bool(left)
+        """Kill whatever bears the tag, wherever on this machine."""
+        return _kill_tagged(self.tag, self.mark)
 
     def forget(self) -> None:
         """Remove its records."""
@@ -273,14 +270,25 @@ async def sweep(script: Script) -> None:
     """
     with suppress(ExitLost):
         await script.wait()
-    clean, pause = 0, _SHORTEST_PAUSE
-    if script.kill_leftovers():
-        while clean < 2:
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE)
-            clean = 0 if script.kill_leftovers() else clean + 1
+    await _until_clean(script.kill_leftovers)
     if isinstance(script, Process):
         script._swept = True
+
+
+async def end_stale(tag: int, mark: str) -> bool:
+    """End (SIGKILL) whatever is left here of an attempt that is over, whoever started it; whether anything was."""
+    return await _until_clean(lambda: _kill_tagged(tag, mark))
+
+
+async def _until_clean(kill_leftovers: Callable[[], bool]) -> bool:
+    clean, pause = 0, _SHORTEST_PAUSE
+    if not kill_leftovers():
+        return False
+    while clean < 2:
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE)
+        clean = 0 if kill_leftovers() else clean + 1
+    return True
 
 
 def has_scripts() -> bool:
@@ -373,6 +381,14 @@ def _find_owner(pid: int, stat: proc.Stat) -> Process | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
+def _kill_tagged(tag: int, mark: str) -> bool:
+    """Kill whatever bears the tag; whether anything did. Reads all of /proc."""
+    left = _tagged(tag, mark)
+    for pid, stat in left:
+        proc.kill(pid, stat.start)
+    return bool(left)
+
+
 def _tagged(tag: int, mark: str) -> list[tuple[int, proc.Stat]]:
     """Whatever is alive and bears the tag or the mark, or is in a session with one that does."""
     ours = os.getsid(0)
@@ -384,21 +400,6 @@ def _tagged(tag: int, mark: str) -> list[tuple[int, proc.Stat]]:
     ]
     sessions = {stat.session for _, stat in certain}
     return [(pid, stat) for pid, stat in seen if stat.session in sessions]
-
-
-def _kill_by_pidfd(pid: int, start: int) -> None:
-    """Kill a process that is no child of ours; the pidfd holds its number while it is looked at again."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:  # gone
-        return
-    try:
-        stat = proc.read_stat(pid)
-        if stat is not None and stat.start == start:
-            with suppress(ProcessLookupError, PermissionError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    finally:
-        os.close(pidfd)
 
 
 async def _readable(descriptor: int) -> None:

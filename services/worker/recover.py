@@ -8,10 +8,11 @@ import structlog
 
 from core.db import allocations, jobs
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, describe
+from core.loss import MARGIN
 from core.records import Attempt, JobSpec
 from core.states import State
-from services.worker import files, proc
-from services.worker.environment import MARK, mark, tag_of_mark
+from services.worker import files, proc, process
+from services.worker.environment import MARK, mark, read_mark, tag_of_mark
 from services.worker.node import Node, Run
 from services.worker.process import Adopted
 from services.worker.spool import Leader
@@ -29,6 +30,8 @@ async def recover(node: Node, begin: Begin) -> bool:
     - that this spool was to start in this boot, and without a script file, has never been started: it is started
       now, in the same attempt;
     - else may have run, and is not run again. What says so, its script file, stays until its end is committed.
+
+    What is left of any other attempt is ended.
     """
     specs = await _running(node)
     same_boot, leaders = node.spool.is_of_this_boot(), _leaders()
@@ -36,12 +39,13 @@ async def recover(node: Node, begin: Begin) -> bool:
     for run in runs:
         if run.lost is not None:
             files.script_path(node.spool.script_dir, run.spec.job_id, run.spec.attempt).touch()
-    _tidy(node, specs)
     node.spool.forget_dead()
     if not same_boot:
         node.spool.begin_boot()
     for run in runs:
         begin(run)
+    await _end_stale(node, {run.attempt for run in runs})
+    _tidy(node, specs)
     return True
 
 
@@ -75,7 +79,7 @@ def _leaders() -> dict[int, list[Leader]]:
 
 def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, same_boot: bool) -> Run:
     log = structlog.get_logger().bind(job_id=spec.job_id, attempt=spec.attempt, node=node.name)
-    tag = proc.tag_of(spec.job_id, spec.attempt, node.host.spool_id)
+    tag = node.tag(spec)
     candidates: list[Leader] = [*leaders.get(tag, []), *(node.spool.recorded(tag) if same_boot else [])]
     if candidates:
         leader = min(candidates)  # whatever else leads a session with this tag was begun by the script
@@ -93,7 +97,7 @@ def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, 
         return Run(spec, script, started=proc.seconds_since(leader.start), verdict=verdict)
     if why := _why_it_may_have_run(node, spec, same_boot=same_boot):
         log.warning("job_lost", why=why)
-        return Run(spec, lost=why)
+        return Run(spec, lost=why, may_run_for=0.0 if spec.ours or not spec.requeue else _silence_of_another(node))
     log.info("job_never_started")
     return Run(spec)
 
@@ -108,12 +112,32 @@ def _why_it_may_have_run(node: Node, spec: JobSpec, *, same_boot: bool) -> str |
     return None
 
 
+async def _end_stale(node: Node, current: set[Attempt]) -> None:
+    """End what runs on of attempts that ended while no worker was here: the node was called lost, or DOWN.
+
+    They are known by their scripts, which lie there until this is done; one that removed its own, by its mark.
+    """
+    spool_id = node.host.spool_id
+    marks = (read_mark(proc.read_variable(pid, MARK)) for pid in proc.all_pids())
+    marked = {Attempt(named[0], named[1]) for named in marks if named is not None and named[2] == spool_id}
+    for attempt in (marked | files.scripts_of(node.spool.script_dir)) - current:
+        if await process.end_stale(node.tag(attempt), mark(attempt.job_id, attempt.attempt, spool_id)):
+            structlog.get_logger().warning("job_fenced", job_id=attempt.job_id, attempt=attempt.attempt)
+
+
+def _silence_of_another(node: Node) -> float:
+    """The worker that had this node's name, elsewhere, has ended what may be requeued when so much has passed."""
+    return node.settings.requeue_after + node.settings.kill_grace_seconds + MARGIN.total_seconds()
+
+
 def _tidy(node: Node, specs: Iterable[JobSpec]) -> None:
-    """Remove scripts and records of attempts that are over."""
+    """Remove scripts, records and grants of attempts that are over."""
     kept = {files.script_path(node.spool.script_dir, spec.job_id, spec.attempt).name for spec in specs}
     for path in (*node.spool.script_dir.glob("job-*"), *node.spool.script_dir.glob(f"{files.SPARE}*")):
         if path.name not in kept:
             path.unlink(missing_ok=True)
-    tags = {proc.tag_of(spec.job_id, spec.attempt, node.host.spool_id) for spec in specs}
+    tags = {node.tag(spec) for spec in specs}
     for tag in node.spool.recorded_tags() - tags:
         node.spool.remove_records(tag)
+    for tag in node.spool.granted_tags() - tags:
+        node.spool.end_grant(tag)

@@ -105,13 +105,13 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
 
 async def _beat_once(node: Node) -> int:
     """Prolong the lease. A worker on another machine that took the name took the jobs, too: then they end here."""
+    await health.end_after_silence_once(node)  # of one that was frozen: before the answer makes it forget for how long
     try:
         return await heartbeat_once(node)
     except Superseded as taken:
         if taken.elsewhere:
             for run in node.runs.values():
-                run.fenced = True
-                run.stop()
+                run.fence()
             await _until_idle(node)
         raise
 

@@ -9,6 +9,8 @@
     SCRIPT_DIR/.spool/replaced/START-PID   a worker that its successor had to kill: its keeper is not to start it again
     SCRIPT_DIR/.spool/keepers/START-PID    a keeper; one that ends in order removes it
     SCRIPT_DIR/.spool/exits/TAG.START.PID  how a session leader with that tag ended, written before it is reaped
+    SCRIPT_DIR/.spool/granted/TAG          an attempt that may be requeued, from before its start to after its end
+    SCRIPT_DIR/.spool/silence              its time of change, in seconds since boot: when keepers end those
 
 Durable here means: survives the death of any process. Nothing is synced to disk: after a new boot nothing of
 this is believed. Only the standard library: the keeper uses this as well.
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from core.records import Ending
-from core.states import State
+from core.states import Reason, State
 from services.worker import proc
 
 _FOLDER: Final = ".spool"
@@ -92,6 +94,7 @@ class Spool:
             self.folder / "replaced",
             self.folder / "exits",
             self.folder / "verdicts",
+            self.folder / "granted",
         ):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return _written_once(self.folder / "id", secrets.token_hex(16))
@@ -204,6 +207,45 @@ class Spool:
         """Say as what it is ended, before it is: a worker that is killed meanwhile has a successor. Raises OSError."""
         _replace(self._verdict_path(tag), json.dumps([verdict.state, verdict.reason, verdict.description]))
 
+    def grant(self, tag: int) -> None:
+        """Say, before its start, that an attempt may be requeued. Raises OSError."""
+        self._grant_path(tag).touch(mode=0o600)
+
+    def end_grant(self, tag: int) -> None:
+        """Forget a grant: its attempt is over."""
+        self._grant_path(tag).unlink(missing_ok=True)
+
+    def granted_tags(self) -> set[int]:
+        """Every attempt that may be requeued."""
+        return {int(path.name, 16) for path in (self.folder / "granted").iterdir()}
+
+    def end_silence(self, until: float) -> None:
+        """PostgreSQL was heard: what may be requeued is left alone until then, in seconds since boot.
+
+        A time of change, because that needs no room on a full disk. Raises OSError.
+        """
+        descriptor = os.open(self.folder / "silence", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.utime(descriptor, (until, until))
+        finally:
+            os.close(descriptor)
+
+    def silent_tags(self) -> set[int]:
+        """Every attempt that may be requeued, once PostgreSQL has not been heard for too long."""
+        try:
+            silent = proc.now() >= (self.folder / "silence").stat().st_mtime
+            return self.granted_tags() if silent else set()
+        except FileNotFoundError:  # nobody has begun to count
+            return set()
+
+    def write_silence(self, tag: int) -> None:
+        """Say that an attempt is ended because of that, unless it is being ended as something else. Raises OSError."""
+        why = "requeued: its node did not hear PostgreSQL for too long"
+        _written_once(self._verdict_path(tag), json.dumps([State.PENDING, Reason.NONE, why]))
+
+    def _grant_path(self, tag: int) -> Path:
+        return self.folder / "granted" / f"{tag:016x}"
+
     def add_keeper(self, pid: int) -> Path:
         """Say that a process keeps others, before it does; the file is to be removed when it keeps none any more."""
         stat = proc.read_stat(pid)
@@ -231,7 +273,7 @@ def _written_once(path: Path, text: str) -> str:
         with suppress(FileExistsError):
             os.link(fresh, path)
         fresh.unlink()
-    return path.read_text(encoding="ascii").strip()
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _replace(path: Path, text: str) -> None:

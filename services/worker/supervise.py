@@ -1,5 +1,6 @@
 """The run of one attempt, as a pipeline: prepare, start, wait, end, report, clean up."""
 
+import asyncio
 import errno
 from contextlib import suppress
 from dataclasses import replace
@@ -11,7 +12,7 @@ from core.batch import Batcher
 from core.db.connection import CONNECTION_ERRORS
 from core.records import Ending, JobSpec
 from core.states import Reason, State
-from services.worker import files, health, proc, process
+from services.worker import files, health, process
 from services.worker.environment import MARK
 from services.worker.launch import command_and_environment, paths_of
 from services.worker.node import FIRST_TROUBLE_SECONDS, Node, Run
@@ -39,11 +40,12 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
     if run.script is not None:
         run.script.forget()
     if run.verdict is not None:
-        node.spool.remove_records(_tag(node, spec))
+        node.spool.remove_records(node.tag(spec))
     with suppress(OSError):  # a disk that takes no changes; the next worker tries again
         node.scripts.remove(spec.job_id, spec.attempt)
     node.end(run)
     if not ended:
+        node.stale_writes_refused += 1
         log.warning("job_end_refused", state=ending.state)
         return
     log.info("job_ended", state=ending.state, reason=ending.reason, exit_code=ending.exit_code, signal=ending.signal)
@@ -53,6 +55,7 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
 async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
     """Prepare, start, wait and end; nothing of the job is left when this returns."""
     if run.lost is not None:
+        await asyncio.sleep(run.may_run_for)
         return _gone(node, run, f"it may have run, and nobody can tell how it ended: {run.lost}")
     if run.script is None:
         try:
@@ -64,7 +67,7 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
         except (files.FileRefused, process.LaunchFailed, ValueError) as error:
             return _ending(run.spec, State.FAILED, Reason.JOB_LAUNCH_FAILURE, description=str(error))
     try:
-        verdict = run.verdict or await _wait(node, run, run.script)
+        verdict = run.verdict or await _wait(node, run, run.script) or _verdict_of_keeper(node, run)
         if verdict is not None:
             run.verdict = verdict
             _note(node, verdict)
@@ -80,11 +83,7 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
 def _note(node: Node, verdict: Ending) -> None:
     """Leave the verdict to a successor; where the disk is full, that one has to go by the exit alone."""
     with suppress(OSError):
-        node.spool.write_verdict(_tag(node, verdict), verdict)
-
-
-def _tag(node: Node, of: JobSpec | Ending) -> int:
-    return proc.tag_of(of.job_id, of.attempt, node.host.spool_id)
+        node.spool.write_verdict(node.tag(verdict), verdict)
 
 
 def _not_started(node: Node, run: Run, error: OSError | process.LaunchShortage) -> Ending:
@@ -104,6 +103,12 @@ def _gone(node: Node, run: Run, why: str) -> Ending:
     return _ending(run.spec, State.NODE_FAIL, Reason.SYSTEM_FAILURE, description=why)
 
 
+def _verdict_of_keeper(node: Node, run: Run) -> Ending | None:
+    """What a keeper left word of that has ended it meanwhile: this worker was frozen."""
+    spec = run.spec
+    return node.spool.verdict(node.tag(spec), spec.job_id, spec.attempt) if spec.requeue else None
+
+
 async def _start(node: Node, spec: JobSpec) -> process.Process:
     paths = paths_of(node.settings, node.host, spec)
     append = spec.restart_cnt > 0
@@ -111,6 +116,8 @@ async def _start(node: Node, spec: JobSpec) -> process.Process:
         directory = places.folder(paths.working_directory)
         stdout = places.output(paths.standard_output, append=append)
         stderr = places.output(paths.standard_error, append=append)
+        if spec.requeue:
+            node.spool.grant(node.tag(spec))
         # Last: from here to the start lies what a worker that is killed cannot tell from a script that ran.
         script = node.scripts.write(spec.job_id, spec.attempt, spec.script)
         command, environment = command_and_environment(node.host, spec, paths, script)
@@ -120,7 +127,7 @@ async def _start(node: Node, spec: JobSpec) -> process.Process:
             cwd=directory,
             stdout_fd=stdout,
             stderr_fd=stderr,
-            tag=_tag(node, spec),
+            tag=node.tag(spec),
             mark=environment[MARK],
         )
 
