@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from io import BytesIO
 from types import TracebackType
 from typing import Any, Literal, Self, cast
+from urllib.parse import quote
 
 import aiohttp
 
@@ -100,6 +101,21 @@ class Client:
         """Every node."""
         return cast(NodesDocument, await self._json("GET", "/api/v1/nodes"))["nodes"]
 
+    async def node(self, name: str) -> NodeDocument:
+        """One node."""
+        return cast(NodeDocument, await self._json("GET", _path_of(name)))
+
+    async def set_node_state(
+        self, name: str, state: Literal["DRAIN", "RESUME", "DOWN"], reason: str | None = None
+    ) -> NodeDocument:
+        """Take a node out, for a reason, or back in; DOWN ends what runs there."""
+        return cast(NodeDocument, await self._json("PATCH", _path_of(name), body={"state": state, "reason": reason}))
+
+    async def delete_node(self, name: str) -> None:
+        """Forget a node that is DOWN and holds nothing."""
+        async with self._answered("DELETE", _path_of(name), None, None):
+            pass
+
     async def health(self) -> dict[str, Any]:
         """What ``GET /health`` says; ClientError when it is not well."""
         return await self._json("GET", "/health")
@@ -164,6 +180,10 @@ class Client:
         except (aiohttp.ClientError, OSError) as error:  # a time-out is an OSError
             detail = f"{self._address} cannot be reached: {str(error) or type(error).__name__}"
             raise ClientError(0, {"detail": detail}) from error
+
+
+def _path_of(node: str) -> str:
+    return f"/api/v1/nodes/{quote(node, safe='')}"
 
 
 async def _problem(answer: aiohttp.ClientResponse) -> dict[str, Any]:

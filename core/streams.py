@@ -64,6 +64,11 @@ async def publish(client: redis.Redis, kind: Kind, dispatches: Sequence[Dispatch
         raise refused[0]
 
 
+async def forget(client: redis.Redis, node: str) -> None:
+    """Remove the stream of a node that is no more."""
+    await client.delete(stream_of(node))
+
+
 async def ensure_group(client: redis.Redis, node: str) -> None:
     """Make the node's stream and group where they are missing; the group begins at the stream's start."""
     try:

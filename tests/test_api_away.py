@@ -138,7 +138,8 @@ async def check_everything_is_unavailable(api: Api, detail: str) -> None:
         path = pattern.replace("{job_id}", "1").replace("{name:[^/]+}", "n1")
         if path == "/":
             continue
-        body = {"job": {"account": "test"}, "script": "#!/bin/sh\n"} if (method, path) == ("POST", JOBS) else None
+        bodies = {("POST", JOBS): {"job": {"account": "test"}, "script": "#!/bin/sh\n"}}
+        body = {"state": "RESUME"} if method == "PATCH" else bodies.get((method, path))
         answer = await api.ask(method, path, json=body)
         check_problem(answer, 503, detail if path == "/health" else "PostgreSQL")
         assert int(answer.headers["Retry-After"]) > 0

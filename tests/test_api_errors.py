@@ -505,7 +505,7 @@ METHODS = rows(
             f"{JOBS}/1/logs": "GET,HEAD",
             f"{JOBS}/1/cancel": "POST",
             "/api/v1/nodes": "GET,HEAD",
-            "/api/v1/nodes/n1": "GET,HEAD",
+            "/api/v1/nodes/n1": "DELETE,GET,HEAD,PATCH",
         }.items()
         for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE")
         if method not in allow

@@ -30,6 +30,8 @@ from services.api.submit import Submitter
 
 Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+NODE = "/api/v1/nodes/{name:[^/]+}"  # braces may stand in a node's name
+
 ROUTES: tuple[tuple[str, str, Handle], ...] = (
     ("GET", "/", health.root),
     ("GET", "/health", health.health),
@@ -41,7 +43,9 @@ ROUTES: tuple[tuple[str, str, Handle], ...] = (
     ("GET", "/api/v1/jobs/{job_id}/logs", logs.get_logs),
     ("POST", "/api/v1/jobs/{job_id}/cancel", cancel.cancel_job),
     ("GET", "/api/v1/nodes", nodes.list_nodes),
-    ("GET", "/api/v1/nodes/{name:[^/]+}", nodes.get_node),  # braces may stand in a node's name
+    ("GET", NODE, nodes.get_node),
+    ("PATCH", NODE, nodes.patch_node),
+    ("DELETE", NODE, nodes.delete_node),
 )
 
 NOTIFY_POLL_SECONDS = 3600

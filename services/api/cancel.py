@@ -32,7 +32,7 @@ async def cancel_job(request: web.Request) -> web.Response:
     api, job_id = state.of(request), job_id_of(request)
     job = await _cancel(api, job_id)
     if job.state is State.RUNNING:
-        await _hint(api, job)
+        await hint(api, Dispatch(job.job_id, job.attempt, job.node or ""))
     return rendering.answer(rendering.job_document(job), 200 if job.state in FINAL else 202)
 
 
@@ -80,10 +80,10 @@ async def _move(connection: Connection, job: Job) -> None:
                 await jobs.request_cancel(connection, attempt)
 
 
-async def _hint(api: state.State, job: Job) -> None:
+async def hint(api: state.State, dispatch: Dispatch) -> None:
     """Tell the worker; it looks at the table anyway, so Redis being away costs time only."""
     try:
         async with asyncio.timeout(HINT_SECONDS):
-            await streams.publish(api.redis, "cancel", [Dispatch(job.job_id, job.attempt, job.node or "")])
+            await streams.publish(api.redis, "cancel", [dispatch])
     except streams.REDIS_ERRORS as error:
-        structlog.get_logger().warning("cancel_not_published", job_id=job.job_id, error=describe(error))
+        structlog.get_logger().warning("cancel_not_published", job_id=dispatch.job_id, error=describe(error))

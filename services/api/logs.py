@@ -31,6 +31,8 @@ async def get_logs(request: web.Request) -> web.StreamResponse:
         job = found(await jobs.get(connection, job_id), job_id)
         if job.start_time is None or job.node is None or _goes_nowhere(job, excerpt.stream):
             return web.Response(body=b"", headers={**HEADERS, "Accept-Ranges": "bytes"})
+        if job.work_base_dir is None:
+            raise Problem(410, f"node {job.node}, which had the output, was deleted")
         server = await nodes.file_server(connection, job.node)
     if server is None:
         raise unavailable(f"node {job.node}, which has the output, is down: its worker's lease is over")

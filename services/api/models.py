@@ -1,4 +1,4 @@
-"""A submission as it must look: pydantic here, at the edge, and a NewJob for everybody behind it."""
+"""Bodies as they must look: pydantic here, at the edge, and a NewJob for everybody behind it."""
 
 import os
 import re
@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -286,6 +286,30 @@ class SubmitRequest(BaseModel):
     script: Script | None = None
 
 
+class NodeRequest(BaseModel):
+    """The body of ``PATCH /api/v1/nodes/{name}``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    state: Literal["DRAIN", "RESUME", "DOWN"]
+    reason: Label | None = None
+
+
+def node_request(document: object) -> NodeRequest:
+    """What is asked for, or Problem 422 with all that is wrong with it."""
+    fields = document if isinstance(document, dict) else {}
+    _check_count(fields, "")
+    unsaid = fields.get("state") in ("DRAIN", "DOWN") and fields.get("reason") is None
+    faults = [Fault("required: it is shown to whoever wonders about the node", "/reason")] if unsaid else []
+    try:
+        request = NodeRequest.model_validate(document)
+    except ValidationError as error:
+        raise unprocessable([*_faults(error), *faults]) from None
+    if faults:
+        raise unprocessable(faults)
+    return request
+
+
 def new_job(document: object, site: Site) -> NewJob:
     """The submission, or Problem 422 with all that is wrong with it (413: a script that is too large)."""
     job = _part(document, "job")
@@ -336,11 +360,15 @@ def _check_sizes(document: object, job: Mapping[str, object]) -> None:
             fault = Fault("a script is at most 1 MiB of UTF-8", pointer)
             raise Problem(413, "the script is too large: at most 1 MiB of UTF-8", faults=[fault])
     for pointer, fields in (("", whole), ("/job", job)):
-        if len(fields) > MAX_FIELDS:
-            raise unprocessable([Fault(f"has {len(fields)} fields; there are not that many", pointer)])
+        _check_count(fields, pointer)
     environment = job.get("environment")
     if isinstance(environment, dict | list) and len(environment) > MAX_VARIABLES:
         raise unprocessable([Fault(f"should hold at most {MAX_VARIABLES} variables", "/job/environment")])
+
+
+def _check_count(fields: Mapping[str, object], pointer: str) -> None:
+    if len(fields) > MAX_FIELDS:
+        raise unprocessable([Fault(f"has {len(fields)} fields; there are not that many", pointer)])
 
 
 def _faults_between(document: object, job: Mapping[str, object]) -> list[Fault]:
