@@ -11,15 +11,16 @@ import pytest
 
 from core.client import ClientError
 from core.documents import JobDocument
-from core.settings import Settings
 from services.standalone.child import Child, Step
 from services.worker.environment import MARK
 from services.worker.proc import read_stat, read_variable
-from tests.system import System, alive_with, cmdline, running, until
+from tests.builders import settings_for
+from tests.conftest import Databases
+from tests.system import System, alive_with, beside, cmdline, running, until
 
 pytestmark = pytest.mark.anyio
 
-# What it starts goes on by itself: nothing short of ending everything ends it.
+# Deaf to SIGTERM: that it is over is no courtesy of its own.
 LEDGER = """#!/bin/bash
 trap '' TERM
 echo "start $SLURM_JOB_ID $SLURMD_NODENAME ${SLURM_RESTART_COUNT:-0}" >> "$LEDGER"
@@ -29,28 +30,43 @@ exit 7
 """
 
 
+@pytest.fixture(scope="module")
+async def servers(
+    databases: Databases, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[System]:
+    """An API and a scheduler for all tests."""
+    folder = tmp_path_factory.mktemp("servers")
+    async with databases.one() as url:
+        quick = settings_for(url, redis_url, folder, heartbeat_seconds=0.3, lease_seconds=1.5)
+        async with running(quick, folder, workers={}) as found:
+            yield found
+
+
 @pytest.fixture
-async def system(settings: Settings, tmp_path: Path) -> AsyncIterator[System]:
-    """Two nodes, of which n2 is out until it is wanted."""
-    quick = settings.model_copy(
-        update={"heartbeat_seconds": 0.3, "lease_seconds": 1.5, "requeue_after": 5.0, "kill_grace_seconds": 0.5}
-    )
-    async with running(quick, tmp_path, workers={"n1": 3, "n2": 2}) as found:
-        await found.api.set_node_state("n2", "DRAIN", "not yet")
+async def system(servers: System, tmp_path: Path) -> AsyncIterator[System]:
+    """Two nodes of the test's own, of which the second is out until it is wanted."""
+    quick = {"heartbeat_seconds": 0.3, "lease_seconds": 1.5, "requeue_after": 5.0, "kill_grace_seconds": 0.5}
+    first = f"{tmp_path.name}.1"
+    async with beside(servers, tmp_path, {first: 3, f"{tmp_path.name}.2": 2}, **quick) as found:
+        await found.api.set_node_state(second(found), "DRAIN", "not yet")
         yield found
+
+
+def second(system: System) -> str:
+    """The name of the second node; the first is the system's own."""
+    return f"{system.node[:-1]}2"
 
 
 async def submitted(system: System, go: str = "go", **job: object) -> int:
     """A job that writes the ledger; it ends once `let_go`."""
     environment = {"LEDGER": str(system.folder / "ledger"), "GO": str(system.folder / go)}
-    found = await system.api.submit({"account": "a", "environment": environment, **job}, LEDGER)
-    return found["job_id"]
+    return (await system.submit(LEDGER, environment=environment, **job))["job_id"]
 
 
 async def up(system: System, go: str = "go", **job: object) -> int:
-    """Such a job, once its script has begun on n1."""
+    """Such a job, once its script has begun on the first node."""
     job_id = await submitted(system, go, **job)
-    await has_begun(system, job_id, "n1")
+    await has_begun(system, job_id, system.node)
     return job_id
 
 
@@ -70,15 +86,21 @@ def let_go(system: System, go: str = "go") -> None:
     (system.folder / go).touch()
 
 
-def scripts_of(system: System, node: str) -> list[int]:
-    """The live processes of the jobs of a node."""
-    mine = [pid for pid in alive_with(str(system.folder / node)) if "services." not in cmdline(pid)]
+async def ended(system: System, job_id: int) -> tuple[int | None, int, int, list[str]]:
+    """How a job ended: its exit code, attempt and restarts, and where."""
+    job = await system.api.wait(job_id, timeout_seconds=60)
+    return job["exit_code"], job["attempt"], job["restart_cnt"], job["nodes"]
+
+
+def scripts_of(system: System) -> list[int]:
+    """The live processes of the first node's jobs."""
+    mine = [pid for pid in alive_with(str(system.folder / system.node)) if "services." not in cmdline(pid)]
     return [pid for pid in mine if (stat := read_stat(pid)) is not None and not stat.dead]
 
 
 def processes_of(system: System, job_id: int) -> list[int]:
-    """The live processes of a job's first attempt on n1, its `sleep` among them."""
-    return [pid for pid in scripts_of(system, "n1") if (read_variable(pid, MARK) or "").startswith(f"{job_id}:1:")]
+    """The live processes of a job's first attempt on the first node."""
+    return [pid for pid in scripts_of(system) if (read_variable(pid, MARK) or "").startswith(f"{job_id}:1:")]
 
 
 async def nothing_is_left_of(system: System, job_id: int) -> None:
@@ -88,26 +110,26 @@ async def nothing_is_left_of(system: System, job_id: int) -> None:
     await until(asked, f"nothing of job {job_id} is left")
 
 
-def worker_of(system: System, node: str) -> Child:
-    """The worker of a node as it was started last."""
-    return [child for child in system.children if child.name == f"worker-{node}"][-1]
+def worker_of(system: System) -> Child:
+    """The worker of the first node as it was started last."""
+    return [child for child in system.children if child.name == f"worker-{system.node}"][-1]
 
 
-def kill_all_of(system: System, node: str, *, keep_scripts: bool = False) -> None:
-    """A power cut; or all but the scripts."""
-    kept = set(scripts_of(system, node)) if keep_scripts else set()
-    for pid in set(alive_with(str(system.folder / node))) - kept:
+def kill_all_of(system: System, *, keep_scripts: bool = False) -> None:
+    """A power cut of the first node; or all but the scripts."""
+    kept = set(scripts_of(system)) if keep_scripts else set()
+    for pid in set(alive_with(str(system.folder / system.node))) - kept:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-async def let_time_pass(system: System, seconds: float = 60, node: str = "n1") -> None:
-    """For a node that is silent: PostgreSQL heard it last that much earlier."""
+async def let_time_pass(system: System, seconds: float = 60) -> None:
+    """For the first node, which is silent: PostgreSQL heard it last that much earlier."""
     connection = await asyncpg.connect(system.settings.postgres_dsn)
     try:
         await connection.execute(
             "UPDATE node_leases SET heartbeat_time = heartbeat_time - make_interval(secs => $2) WHERE node = $1",
-            node, seconds,
+            system.node, seconds,
         )  # fmt: skip
     finally:
         await connection.close()
@@ -122,90 +144,92 @@ async def unreachable(system: System, job_id: int, wanted: bool) -> JobDocument:
     return found
 
 
-async def refused(system: System, node: str, count: int) -> None:
+async def refused(system: System, count: int) -> None:
     async def asked() -> bool:
-        return (await system.api.node(node))["stale_writes_refused"] == count
+        return (await system.api.node(system.node))["stale_writes_refused"] == count
 
-    await until(asked, f"node {node} was refused {count} writes")
+    await until(asked, f"node {system.node} was refused {count} writes")
 
 
 async def test_a_worker_that_is_frozen_and_thawed(system: System) -> None:
     """Meanwhile its keeper has ended what may be requeued, which runs elsewhere; the rest it takes up again."""
+    one, two = system.node, second(system)
     again, kept = await up(system, requeue=True), await up(system)
-    os.kill(system.worker_pid("n1"), signal.SIGSTOP)
-    await system.node_is("n1", "DOWN")
+    os.kill(system.worker_pid(), signal.SIGSTOP)
+    await system.node_is(one, "DOWN")
     await nothing_is_left_of(system, again)
     for job_id in (again, kept):
         job = await unreachable(system, job_id, wanted=True)
-        assert (job["state"], job["nodes"]) == ("RUNNING", ["n1"])
-    await system.api.set_node_state("n2", "RESUME")
+        assert (job["state"], job["nodes"]) == ("RUNNING", [one])
+    await system.api.set_node_state(two, "RESUME")
     await let_time_pass(system, 10**6)
-    await has_begun(system, again, "n2", restarts=1)
+    await has_begun(system, again, two, restarts=1)
     assert (await unreachable(system, kept, wanted=True))["state"] == "RUNNING"  # no time is long enough
 
-    os.kill(system.worker_pid("n1"), signal.SIGCONT)
-    await refused(system, "n1", 1)
-    assert (await unreachable(system, kept, wanted=False))["nodes"] == ["n1"]
+    os.kill(system.worker_pid(), signal.SIGCONT)
+    await refused(system, 1)
+    assert (await unreachable(system, kept, wanted=False))["nodes"] == [one]
     let_go(system)
-    ends = [await system.api.wait(job_id, timeout_seconds=60) for job_id in (again, kept)]
-    assert [(job["exit_code"], job["attempt"], job["restart_cnt"]) for job in ends] == [(7, 2, 1), (7, 1, 0)]
+    assert [await ended(system, job_id) for job_id in (again, kept)] == [(7, 2, 1, [two]), (7, 1, 0, [one])]
     assert sorted(ledger(system)) == sorted(
-        [f"start {again} n1 0", f"start {again} n2 1", f"end {again} n2 1", f"start {kept} n1 0", f"end {kept} n1 0"]
+        [
+            f"start {again} {one} 0",
+            f"start {again} {two} 1",
+            f"end {again} {two} 1",
+            f"start {kept} {one} 0",
+            f"end {kept} {one} 0",
+        ]
     )
-    assert {node["alloc_cpus"] for node in await system.api.nodes()} == {0}
 
 
 async def test_a_node_that_is_gone_for_good(system: System) -> None:
     """What may be requeued runs elsewhere, once; what may not waits for an operator's word; then it is forgotten."""
+    one, two = system.node, second(system)
     again, kept = await up(system, requeue=True), await up(system)
-    kill_all_of(system, "n1")
-    await system.node_is("n1", "DOWN")
-    await system.api.set_node_state("n2", "RESUME")
+    kill_all_of(system)
+    await system.node_is(one, "DOWN")
+    await system.api.set_node_state(two, "RESUME")
     await let_time_pass(system)
     let_go(system)
-    ended = await system.api.wait(again, timeout_seconds=60)
-    assert (ended["state"], ended["exit_code"], ended["nodes"]) == ("FAILED", 7, ["n2"])
+    assert await ended(system, again) == (7, 2, 1, [two])
     assert (await unreachable(system, kept, wanted=True))["state"] == "RUNNING"
-    with pytest.raises(ClientError, match=rf"n1 holds 1 CPUs for jobs \({kept}\)"):
-        await system.api.delete_node("n1")
-    assert (await system.api.set_node_state("n1", "DOWN", "burnt"))["alloc_cpus"] == 0
+    with pytest.raises(ClientError, match=rf"{one} holds 1 CPUs for jobs \({kept}\)"):
+        await system.api.delete_node(one)
+    assert (await system.api.set_node_state(one, "DOWN", "burnt"))["alloc_cpus"] == 0
     lost = await system.api.job(kept)
     assert (lost["state"], lost["state_reason"]) == ("NODE_FAIL", "NodeDown")
-    await system.api.delete_node("n1")
-    assert [node["name"] for node in await system.api.nodes()] == ["n2"]
-    assert [line for line in ledger(system) if "end" in line] == [f"end {again} n2 1"]
-    assert sorted(line for line in ledger(system) if f" {again} " in line and "start" in line) == [
-        f"start {again} n1 0",
-        f"start {again} n2 1",
-    ]
+    await system.api.delete_node(one)
+    assert one not in [node["name"] for node in await system.api.nodes()]
+    assert sorted(ledger(system)) == sorted(
+        [f"start {again} {one} 0", f"start {kept} {one} 0", f"start {again} {two} 1", f"end {again} {two} 1"]
+    )
 
 
 async def test_down_of_a_living_node(system: System) -> None:
     """Its worker ends what it runs at once; the node comes back as it was. A deleted one's worker stops."""
-    first, second = await up(system), await up(system, requeue=True)
-    worker = system.worker_pid("n1")
-    shown = await system.api.set_node_state("n1", "DOWN", "smells")
+    jobs = [await up(system), await up(system, requeue=True)]
+    worker = system.worker_pid()
+    shown = await system.api.set_node_state(system.node, "DOWN", "smells")
     assert (shown["state"], shown["alloc_cpus"], shown["reason"]) == ("DOWN", 0, "smells")
-    for job_id in (first, second):
+    for job_id in jobs:
         job = await system.api.job(job_id)
         assert (job["state"], job["state_reason"]) == ("NODE_FAIL", "NodeDown")
-    for job_id in (first, second):
         await nothing_is_left_of(system, job_id)
-    await refused(system, "n1", 2)
+    await refused(system, 2)
     waiting = await submitted(system)
     let_go(system)
-    await system.api.set_node_state("n1", "RESUME")
-    ended = await system.api.wait(waiting, timeout_seconds=60)
-    assert (ended["nodes"], ended["exit_code"]) == (["n1"], 7)
-    assert system.worker_pid("n1") == worker
-    assert [line for line in ledger(system) if "end" in line] == [f"end {waiting} n1 0"]
+    await system.api.set_node_state(system.node, "RESUME")
+    assert await ended(system, waiting) == (7, 1, 0, [system.node])
+    assert system.worker_pid() == worker
+    assert [line for line in ledger(system) if "end" in line] == [f"end {waiting} {system.node} 0"]
 
-    await system.api.set_node_state("n1", "DOWN", "sold")
-    await system.api.delete_node("n1")
-    assert await worker_of(system, "n1").wait() == 3
-    assert "node n1 was deleted: this worker stops" in (system.folder / "worker-n1.err").read_text()
-    system.start_worker("n1")
-    await system.node_is("n1", "IDLE")
+    await system.api.set_node_state(system.node, "DOWN", "sold")
+    await system.api.delete_node(system.node)
+    assert await worker_of(system).wait() == 3
+    said = (system.folder / f"worker-{system.node}.err").read_text()
+    assert f"node {system.node} was deleted: this worker stops" in said
+    system.start_worker(system.node)
+    await system.node_is(system.node, "IDLE")
 
 
 async def test_a_stopped_workers_keeper_counts_the_silence(system: System) -> None:
@@ -215,35 +239,34 @@ async def test_a_stopped_workers_keeper_counts_the_silence(system: System) -> No
     """
     again, kept = await up(system, requeue=True), await up(system)
     quick = await up(system, "go at once", requeue=True)
-    await worker_of(system, "n1").stop((Step(signal.SIGTERM, 30),))
+    await worker_of(system).stop((Step(signal.SIGTERM, 30),))
     let_go(system, "go at once")
     await nothing_is_left_of(system, quick)
     await nothing_is_left_of(system, again)
     assert processes_of(system, kept)
     assert (await system.api.job(again))["state"] == "RUNNING"
-    system.start_worker("n1")
-    await has_begun(system, again, "n1", restarts=1)
+    system.start_worker(system.node)
+    await has_begun(system, again, system.node, restarts=1)
     let_go(system)
-    job = await system.api.wait(again, timeout_seconds=60)
-    assert (job["restart_cnt"], job["attempt"], job["exit_code"]) == (1, 2, 7)
+    assert await ended(system, again) == (7, 2, 1, [system.node])
     for job_id in (kept, quick):
-        job = await system.api.wait(job_id, timeout_seconds=60)
-        assert (job["restart_cnt"], job["attempt"], job["exit_code"]) == (0, 1, 7)
-    assert not list((system.folder / "n1/data/scripts/.spool/granted").iterdir())
+        assert await ended(system, job_id) == (7, 1, 0, [system.node])
+    spool = system.folder / f"{system.node}/data/scripts/.spool"
+    assert not [*(spool / "granted").iterdir(), *(spool / "verdicts").iterdir()]
 
 
 async def test_what_runs_on_after_its_end_is_ended_by_the_next_worker(system: System) -> None:
     """Worker and keeper are gone, the scripts are not; an operator who sees the node silent declares it DOWN."""
     job_id = await up(system)
-    kill_all_of(system, "n1", keep_scripts=True)
-    await system.node_is("n1", "DOWN")
-    await system.api.set_node_state("n1", "DOWN", "silent")
+    kill_all_of(system, keep_scripts=True)
+    await system.node_is(system.node, "DOWN")
+    await system.api.set_node_state(system.node, "DOWN", "silent")
     assert (await system.api.job(job_id))["state"] == "NODE_FAIL"
-    await system.api.set_node_state("n1", "RESUME")
+    await system.api.set_node_state(system.node, "RESUME")
     assert processes_of(system, job_id)
-    system.start_worker("n1")
+    system.start_worker(system.node)
     new = await up(system)
     assert not processes_of(system, job_id)  # before anything new began
     let_go(system)
-    assert (await system.api.wait(new, timeout_seconds=60))["exit_code"] == 7
-    assert f"end {job_id} n1 0" not in ledger(system)
+    assert (await ended(system, new))[0] == 7
+    assert f"end {job_id} {system.node} 0" not in ledger(system)
