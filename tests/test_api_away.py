@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import aiohttp
@@ -11,6 +12,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
+from core.db.connection import Pool
 from core.settings import Settings
 from services.api import database as api_database
 from services.api.app import ROUTES
@@ -153,6 +155,24 @@ async def test_it_starts_before_postgres_and_finds_it(
     async with an_api_on(wired, connection) as api:
         await check_everything_is_unavailable(api, f"127.0.0.1:{wire.port}")
         await wire.mend()
+        await answers(api)
+        assert (await api.submit())["state"] == "PENDING"
+
+
+async def test_it_is_not_well_before_it_takes_jobs(
+    settings: Settings, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL answers to the look of the health check, and the API's own connections are not there yet."""
+    opening, let_go = api_database.open_pool, asyncio.Event()
+
+    async def open_late(*arguments: Any) -> Pool:
+        await let_go.wait()
+        return await opening(*arguments)
+
+    monkeypatch.setattr(api_database, "open_pool", open_late)
+    async with an_api_on(settings, connection) as api:
+        check_problem(await api.get("/health"), 503, "answers, and will be used in a moment")
+        let_go.set()
         await answers(api)
         assert (await api.submit())["state"] == "PENDING"
 

@@ -81,7 +81,7 @@ class Database:
             raise Unavailable(f"PostgreSQL at {self._address} is away: {describe(error)}") from error
 
     async def check(self) -> None:
-        """Raise Unavailable, saying what is wrong, unless PostgreSQL answers and the schema fits."""
+        """Raise Unavailable, saying what is wrong, unless PostgreSQL answers, the schema fits, and jobs are taken."""
         try:
             async with asyncio.timeout(LOOK_SECONDS):
                 await self._look()
@@ -89,6 +89,8 @@ class Database:
             raise Unavailable(describe(error)) from error
         except CONNECTION_ERRORS as error:
             raise Unavailable(f"PostgreSQL at {self._address} is away: {describe(error)}") from error
+        if not self.is_open:
+            raise Unavailable(f"PostgreSQL at {self._address} answers, and will be used in a moment")
 
     async def _look(self) -> None:
         if self._pool is not None:
