@@ -157,14 +157,19 @@ class System:
 
         await until(asked, f"job {job_id} says {text!r}")
 
+    async def cpus_in_use(self) -> int:
+        """The allocated CPUs of the partition."""
+        return sum(node["alloc_cpus"] for node in await self.api.nodes() if self.partition in node["partitions"])
+
     async def clear(self) -> None:
-        """End every job that is left, and wait until its CPUs are free."""
-        left = [job["job_id"] async for job in self.api.all_jobs() if job["state"] not in FINAL]
-        for job_id in left:
-            await self.api.cancel(job_id)
+        """End every job of the partition that is left, and wait until its CPUs are free."""
+        mine = [job async for job in self.api.all_jobs() if job["partition"] == self.partition]
+        for job in mine:
+            if job["state"] not in FINAL:
+                await self.api.cancel(job["job_id"])
 
         async def free() -> bool:
-            return not any(node["alloc_cpus"] for node in await self.api.nodes())
+            return await self.cpus_in_use() == 0
 
         await until(free, "no CPU is allocated")
 

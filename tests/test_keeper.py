@@ -57,11 +57,6 @@ def let_go(system: System, job_id: int) -> None:
     (data_of(system) / f"jobs/{job_id}/go").touch()
 
 
-async def alloc_cpus(system: System) -> int:
-    [cpus] = [node["alloc_cpus"] for node in await system.api.nodes() if node["name"] == system.node]
-    return cpus
-
-
 async def ended(system: System, job_id: int) -> tuple[str, int | None, str | None]:
     job: JobDocument = await system.api.wait(job_id, timeout_seconds=60)
     return job["state"], job["exit_code"], job["signal"]
@@ -87,7 +82,7 @@ async def test_kill_9_of_the_worker_changes_nothing_but_the_time(system: System)
         let_go(system, job_id)
     assert {end: await ended(system, job_id) for end, job_id in jobs.items()} == ends
     assert {(await system.api.job(job_id))["attempt"] for job_id in jobs.values()} == {1}
-    assert await alloc_cpus(system) == 0
+    assert await system.cpus_in_use() == 0
     spool = Spool(data_of(system) / "scripts")
     assert not list((spool.folder / "exits").iterdir())
 
@@ -115,7 +110,7 @@ async def test_a_job_that_ends_while_no_worker_is_alive(system: System) -> None:
     assert {end: await ended(system, job_id) for end, job_id in jobs.items()} == ends
     assert (await ended(system, limited))[0] == "TIMEOUT"
     assert not alive_with(name)
-    assert await alloc_cpus(system) == 0
+    assert await system.cpus_in_use() == 0
 
     async def keeper_ended() -> bool:
         return len(list((records.parent / "keepers").iterdir())) == 1

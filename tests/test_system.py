@@ -48,10 +48,6 @@ async def system(a_system: System) -> AsyncIterator[System]:
         await connection.close()
 
 
-async def cpus_in_use(system: System) -> int:
-    return sum(node["alloc_cpus"] for node in await system.api.nodes())
-
-
 def events(path: Path, job_id: int) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if line.get("job_id") == job_id]
@@ -65,7 +61,7 @@ async def test_the_guides_job(system: System) -> None:
     assert (job["state"], job["exit_code"], job["signal"], job["state_reason"]) == ("COMPLETED", 0, None, "None")
     assert await system.api.logs(job["job_id"]) == b"Migration successful!\n"
     assert await system.api.script(job["job_id"]) == script
-    assert await cpus_in_use(system) == 0
+    assert await system.cpus_in_use() == 0
     logs = system.settings.log_dir
     allocated = events(logs / "scheduler.log", job["job_id"])
     assert [(e["event"], e["node"], e["cpus"]) for e in allocated] == [("job_allocated", "n1", 1)]
@@ -100,7 +96,7 @@ async def test_mixed_jobs_never_hold_more_than_there_is(system: System, tmp_path
             job_ids = await asyncio.gather(*map(post, range(count)))
             jobs = [await own.api.wait(job_id) for job_id in job_ids]
         assert {job["state"] for job in jobs} == {"COMPLETED"}
-        assert await cpus_in_use(system) == 0
+        assert await own.cpus_in_use() == 0
     entries = read_ledger(ledger)
     assert Counter((e.what, e.job_id) for e in entries) == Counter(
         (what, job_id) for job_id in job_ids for what in ("start", "end")
@@ -133,7 +129,7 @@ async def test_a_time_limit_ends_the_job_with_everything_it_started(system: Syst
     assert (job["exit_code"], job["signal"]) in ((None, "KILL"), (None, "TERM"))
     assert job["time_limit_seconds"] == 2
     assert not alive_with(name)
-    assert await cpus_in_use(system) == 0
+    assert await system.cpus_in_use() == 0
 
 
 async def test_cancel_of_a_running_job(system: System) -> None:
@@ -201,7 +197,7 @@ async def test_scripts_that_cannot_be_started(system: System) -> None:
         assert why in (ended["state_description"] or "")
     with pytest.raises(ClientError, match=r"\.\."):
         await system.run(cases[3][0], **cases[3][1])
-    assert await cpus_in_use(system) == 0
+    assert await system.cpus_in_use() == 0
     assert (await system.run("#!/bin/bash\n"))["state"] == "COMPLETED"
 
 
