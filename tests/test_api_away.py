@@ -2,10 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import aiohttp
 import asyncpg
@@ -18,101 +17,19 @@ from services.api import database as api_database
 from services.api.app import ROUTES
 from tests.api import JOBS, PATIENCE, Answer, Api, check_problem, serving
 from tests.builders import a_node, give, register, start
+from tests.proxy import Fault, Proxy, proxied
 
 pytestmark = pytest.mark.anyio
 
-# What a wire does with what a client says: nothing, or it is cut before it arrives, or before its answer does.
-BEFORE, AFTER = "before", "after"
 
-
-class Wire:
-    """A wire to PostgreSQL that can be cut and mended."""
-
-    def __init__(self, url: str) -> None:
-        self._url = urlsplit(url)
-        self._server: asyncio.Server | None = None
-        self._ends: set[asyncio.StreamWriter] = set()
-        self._trap: tuple[bytes, str] | None = None
-        self.port = 0
-        self.silent = False
-
-    @property
-    def url(self) -> str:
-        """The database at the other end."""
-        account, at, _ = self._url.netloc.rpartition("@")
-        return urlunsplit(self._url._replace(netloc=f"{account}{at}127.0.0.1:{self.port}", query=""))
-
-    async def mend(self) -> None:
-        """Let connections through again."""
-        self.silent, self._trap = False, None
-        self._server = await asyncio.start_server(self._connect, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def cut(self) -> None:
-        """End every connection and refuse new ones."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        for end in list(self._ends):
-            end.transport.abort()
-
-    def cut_at(self, word: bytes, when: str) -> None:
-        """Cut at the next time that a client says the word."""
-        self._trap = word, when
-
-    async def _far_end(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        query = parse_qs(self._url.query)
-        host = self._url.hostname or query.get("host", ["localhost"])[0]
-        port = self._url.port or int(query.get("port", ["5432"])[0])
-        if host.startswith("/"):
-            return await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
-        return await asyncio.open_connection(host, port)
-
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await self._far_end()
-        ends = {writer, far_writer}
-        self._ends |= ends
-        with suppress(ConnectionError):
-            await asyncio.gather(self._forth(reader, far_writer), self._back(far_reader, writer))
-        self._ends -= ends
-        for end in ends:
-            end.close()
-
-    async def _forth(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            word, when = self._trap or (None, None)
-            if word is not None and word in data:
-                if when == AFTER:
-                    self.silent = True
-                    writer.write(data)
-                else:
-                    await self.cut()
-                    return
-            else:
-                writer.write(data)
-        writer.close()
-
-    async def _back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            if self._trap is not None and self.silent:
-                await self.cut()
-                return
-            if not self.silent:
-                writer.write(data)
-        writer.close()
+@pytest.fixture
+async def wire(database_url: str) -> AsyncIterator[Proxy]:
+    async with proxied(database_url) as found:
+        yield found
 
 
 @pytest.fixture
-async def wire(database_url: str) -> AsyncIterator[Wire]:
-    found = Wire(database_url)
-    await found.mend()
-    yield found
-    await found.cut()
-    await asyncio.sleep(0)
-
-
-@pytest.fixture
-def wired(settings: Settings, wire: Wire) -> Settings:
+def wired(settings: Settings, wire: Proxy) -> Settings:
     """Settings of an API at the other end of the wire."""
     return settings.model_copy(update={"database_url": SecretStr(wire.url)})
 
@@ -149,9 +66,9 @@ async def check_everything_is_unavailable(api: Api, detail: str) -> None:
 
 
 async def test_it_starts_before_postgres_and_finds_it(
-    wired: Settings, wire: Wire, connection: asyncpg.Connection
+    wired: Settings, wire: Proxy, connection: asyncpg.Connection
 ) -> None:
-    await wire.cut()
+    wire.cut()
     async with an_api_on(wired, connection) as api:
         await check_everything_is_unavailable(api, f"127.0.0.1:{wire.port}")
         await wire.mend()
@@ -177,11 +94,11 @@ async def test_it_is_not_well_before_it_takes_jobs(
         assert (await api.submit())["state"] == "PENDING"
 
 
-async def test_postgres_goes_and_comes_back(wired: Settings, wire: Wire, connection: asyncpg.Connection) -> None:
+async def test_postgres_goes_and_comes_back(wired: Settings, wire: Proxy, connection: asyncpg.Connection) -> None:
     async with an_api_on(wired, connection) as api:
         await answers(api)
         first = await api.submit()
-        await wire.cut()
+        wire.cut()
         await check_everything_is_unavailable(api, f"127.0.0.1:{wire.port}")
         await wire.mend()
         await answers(api)
@@ -191,9 +108,9 @@ async def test_postgres_goes_and_comes_back(wired: Settings, wire: Wire, connect
 
 
 async def test_bad_requests_are_told_so_while_postgres_is_away(
-    wired: Settings, wire: Wire, connection: asyncpg.Connection
+    wired: Settings, wire: Proxy, connection: asyncpg.Connection
 ) -> None:
-    await wire.cut()
+    wire.cut()
     async with an_api_on(wired, connection) as api:
         check_problem(await api.post({"job": {}}), 422)
         check_problem(await api.get(f"{JOBS}?limit=0"), 422)
@@ -201,21 +118,21 @@ async def test_bad_requests_are_told_so_while_postgres_is_away(
 
 
 @pytest.mark.parametrize(
-    ("word", "when", "detail", "kept"),
+    ("word", "fault", "detail", "kept"),
     [
         # Prepared, then run: its values come with the run, whose answer is that of the commit.
-        (b"INSERT INTO jobs", BEFORE, "may have been stored", 0),
-        (b"INSERT INTO jobs", AFTER, "may have been stored", 0),
-        (b"the account", BEFORE, "may have been stored", 0),
-        (b"the account", AFTER, "may have been stored", 1),
+        (b"INSERT INTO jobs", Fault.CUT_BEFORE, "may have been stored", 0),
+        (b"INSERT INTO jobs", Fault.CUT_AFTER, "may have been stored", 0),
+        (b"the account", Fault.CUT_BEFORE, "may have been stored", 0),
+        (b"the account", Fault.CUT_AFTER, "may have been stored", 1),
     ],
 )
 async def test_a_submission_is_stored_as_a_whole_or_not_at_all(
-    wired: Settings, wire: Wire, connection: asyncpg.Connection, word: bytes, when: str, detail: str, kept: int
+    wired: Settings, wire: Proxy, connection: asyncpg.Connection, word: bytes, fault: Fault, detail: str, kept: int
 ) -> None:
     async with an_api_on(wired, connection) as api:
         await answers(api)
-        wire.cut_at(word, when)
+        wire.at(word, fault, away=True)
         answer = await api.post({"job": {"account": "the account"}, "script": "#!/bin/sh\n"})
         check_problem(answer, 503, detail)
         assert answer.headers["Retry-After"]
@@ -227,11 +144,11 @@ async def test_a_submission_is_stored_as_a_whole_or_not_at_all(
 
 
 async def test_postgres_goes_before_the_scheduler_is_told(
-    wired: Settings, wire: Wire, connection: asyncpg.Connection
+    wired: Settings, wire: Proxy, connection: asyncpg.Connection
 ) -> None:
     async with an_api_on(wired, connection) as api:
         await answers(api)
-        wire.cut_at(b"NOTIFY", BEFORE)
+        wire.at(b"NOTIFY", Fault.CUT_BEFORE, away=True)
         await api.submit()
         await answers(api, lambda answer: answer.status == 503)
         await wire.mend()
@@ -244,16 +161,15 @@ async def test_postgres_goes_before_the_scheduler_is_told(
 
 
 async def test_a_postgres_that_says_nothing(
-    wired: Settings, wire: Wire, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+    wired: Settings, wire: Proxy, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api_database, "LOOK_SECONDS", 0.1)
     monkeypatch.setattr(api_database, "CLOSE_SECONDS", 0.1)
     async with an_api_on(wired, connection) as api:
         await answers(api)
-        wire.silent = True
+        wire.silence()
         check_problem(await api.get("/health"), 503, "is away")
-        wire.silent = False
-        await wire.cut()
+        wire.cut()
         await wire.mend()
         await answers(api)
 
