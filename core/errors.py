@@ -6,7 +6,8 @@
     ├── SettingsError       a setting is wrong: one line, exit 2
     ├── SchemaMismatch      the database holds a newer or foreign schema
     ├── NodeNameTaken       another worker is this node's
-    └── Unavailable         PostgreSQL or Redis cannot be reached now; try again
+    ├── Unavailable         PostgreSQL or Redis cannot be reached now; try again
+    └── UnsafeServer        PostgreSQL may lose what it has committed, or can commit nothing
 """
 
 
@@ -34,3 +35,7 @@ class NodeNameTaken(RowlockError):
 
 class Unavailable(RowlockError):
     """A server cannot be reached now."""
+
+
+class UnsafeServer(RowlockError):
+    """PostgreSQL may lose what it has committed, or can commit nothing."""

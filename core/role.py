@@ -21,12 +21,16 @@ NewLoop = Callable[[], asyncio.AbstractEventLoop]
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+SWITCHES = ("end_jobs", "unsafe")
+"""Settings that are options of the command line as well."""
+UNSAFE_HELP = "also with a PostgreSQL that may lose what it has committed"
 
 
 def arguments(role: Role, argv: list[str]) -> argparse.Namespace:
     """The command line of a role."""
     parser = argparse.ArgumentParser(prog=f"rowlock {role}", description=f"Run Rowlock's {role}.")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings, KEY=VALUE lines")
+    parser.add_argument("--unsafe", action="store_true", help=UNSAFE_HELP)
     if role == "worker":
         parser.add_argument(
             "--end-jobs", action="store_true", help="when stopped, end running jobs instead of leaving them running"
@@ -53,6 +57,7 @@ def _run(role: Role, main: Main, new_loop: NewLoop, argv: list[str] | None) -> i
     options = arguments(role, sys.argv[1:] if argv is None else argv)
     try:
         settings, file = read_settings(options.config)
+        settings = with_switches(settings, options)
         logger = log.configure(role, settings.log_dir, settings.log_level)
     except SettingsError as error:
         print(error, file=sys.stderr)
@@ -94,6 +99,11 @@ def read_settings(given: Path | None) -> tuple[Settings, Path | None]:
         raise SettingsError(f"--config: {given or DEFAULT_FILE} cannot be read: {error.strerror or error}") from None
     except UnicodeError:
         raise SettingsError(f"--config: {given or DEFAULT_FILE} is not UTF-8 text") from None
+
+
+def with_switches(settings: Settings, options: argparse.Namespace) -> Settings:
+    """The settings, and on top of them what the command line switches on."""
+    return settings.model_copy(update={name: True for name in SWITCHES if getattr(options, name, False)})
 
 
 async def _with_signals(main: Main, settings: Settings) -> None:

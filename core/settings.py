@@ -151,6 +151,7 @@ class Settings(BaseSettings):
     poll_seconds: Seconds = 1
     requeue_after: Seconds = 300
     end_jobs: bool = False
+    unsafe: bool = False
 
     @property
     def work_base_dir(self) -> Path:

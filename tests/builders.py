@@ -29,6 +29,7 @@ def settings_for(database_url: str, redis_url: str, folder: Path, **changes: Any
         "total_cpus": 4,
         "kill_grace_seconds": 1.0,
         "poll_seconds": 0.2,
+        "unsafe": True,  # the tests' server does not wait for its disk
     }
     return Settings.model_construct().model_copy(update={**changed, **changes})
 

@@ -39,6 +39,7 @@ NAMES: dict[str, tuple[str, Callable[[Settings], Any], Any]] = {
     "ALLOWED_HOSTS": ("a.example,b.example", lambda s: s.allowed_hosts, ("a.example", "b.example")),
     "WORKER_HOST": ("10.0.0.1", lambda s: s.worker_host, "10.0.0.1"),
     "WORKER_ADDRESS": ("http://n7:1", lambda s: s.worker_address, "http://n7:1"),
+    "UNSAFE": ("true", lambda s: s.unsafe, True),
     "LOG_LEVEL": ("DEBUG", lambda s: s.log_level, "DEBUG"),
     "LOG_DIR": ("/var/log/rowlock", lambda s: s.log_dir, Path("/var/log/rowlock")),
     "PARTITIONS": ("batch, debug", lambda s: s.partitions, ("batch", "debug")),
@@ -99,6 +100,21 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_default(
     monkeypatch.setenv("API_PORT", "2222")
     settings = load(file)
     assert (settings.api_port, settings.total_cpus, settings.redis_port) == (2222, 3, 6379)
+
+
+@pytest.mark.parametrize("flags", [(), ("--unsafe",), ("--end-jobs", "--unsafe")])
+def test_a_switch_of_the_command_line_reaches_the_role(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LOG_DIR", str(tmp_path))
+    seen: list[Settings] = []
+
+    async def main(settings: Settings, _: asyncio.Event) -> None:
+        seen.append(settings)
+
+    assert role.run("worker", main, asyncio.new_event_loop, list(flags)) == 0
+    (settings,) = seen
+    assert (settings.end_jobs, settings.unsafe) == ("--end-jobs" in flags, "--unsafe" in flags)
 
 
 def test_what_is_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:

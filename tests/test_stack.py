@@ -239,7 +239,7 @@ async def test_up_embeds_only_what_is_not_configured(folder: Path, database_url:
     secret = url.password or "only-for-the-server"
     netloc = url.netloc if url.password else url.netloc.replace("@", f":{secret}@")
     configured = {"DATABASE_URL": urlunsplit(url._replace(netloc=netloc)), "REDIS_URL": redis_url}
-    async with place.running("up", "--port", "0", **configured) as up:
+    async with place.running("up", "--port", "0", "--unsafe", **configured) as up:
         await up.says("^ready: ")
         address = up.lines[-1].split()[1]
         async with Client(address) as client:

@@ -9,6 +9,7 @@ from typing import Any
 import asyncpg
 import structlog
 
+from core.errors import UnsafeServer
 from core.settings import Settings, without_secrets
 
 Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
@@ -60,6 +61,7 @@ CONNECTION_ERRORS = (
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,  # the database is not created yet
     asyncpg.ReadOnlySQLTransactionError,  # a standby not promoted yet
+    UnsafeServer,  # waited for like one that is away: a promotion or a mended setting heals it
 )
 
 
@@ -80,7 +82,13 @@ def application_name(role: str) -> str:
 
 async def connect(settings: Settings, role: str, **more: str) -> asyncpg.Connection:
     """Open one connection; `more` are server settings of its own."""
-    return await asyncpg.connect(**_options(settings, role, **more))
+    connection: asyncpg.Connection = await asyncpg.connect(**_options(settings, role, **more))
+    try:
+        await check_safe(connection, settings)
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
 
 
 async def open_pool(settings: Settings, role: str, size: int, **more: str) -> Pool:
@@ -91,13 +99,19 @@ async def open_pool(settings: Settings, role: str, size: int, **more: str) -> Po
     log = structlog.get_logger()
     said = ""
     options = {**_options(settings, role, **more), "max_inactive_connection_lifetime": 0}
+
+    async def begin(connection: Connection) -> None:
+        await check_safe(connection, settings)
+        await _learn_types(connection)
+
     while True:
         try:
-            return await asyncpg.create_pool(**options, min_size=1, max_size=size, init=_learn_types, reset=_keep)
+            return await asyncpg.create_pool(**options, min_size=1, max_size=size, init=begin, reset=_keep)
         except CONNECTION_ERRORS as error:
             problem = describe(error)
             if problem != said:
-                log.warning("postgres_unreachable", address=without_secrets(settings.postgres_dsn), error=problem)
+                event = "postgres_unsafe" if isinstance(error, UnsafeServer) else "postgres_unreachable"
+                log.warning(event, address=without_secrets(settings.postgres_dsn), error=problem)
                 said = problem
             await asyncio.sleep(RETRY_SECONDS)
 
@@ -108,6 +122,33 @@ _TYPES = "SELECT $1::int[], $2::bigint[], $3::bool[]"
 async def _learn_types(connection: Connection) -> None:
     """Let asyncpg ask what these types are: it does so once a connection, for 10 ms, at the first that it meets."""
     await connection.fetch(_TYPES, [], [], [])
+
+
+_SAFETY = "SELECT current_setting('fsync'), current_setting('full_page_writes'), pg_is_in_recovery()"
+
+
+async def check_safe(connection: Connection, settings: Settings) -> None:
+    """Raise UnsafeServer when what the server commits may be lost, unless UNSAFE was said.
+
+    Asked of every new connection: a failover and a restart end the old ones. A reload of the server's settings does
+    not, so the leading scheduler and the API ask again now and then.
+    """
+    if settings.unsafe:
+        return
+    row = await connection.fetchrow(_SAFETY)
+    assert row is not None
+    if problem := risk(*row):
+        raise UnsafeServer(problem)
+
+
+def risk(fsync: str, full_page_writes: str, in_recovery: bool) -> str | None:
+    """Why what a server with these settings commits may be lost, and what would be right."""
+    if in_recovery:
+        return "it is in recovery, as a standby is: it should be the primary, or be promoted"
+    for name, value in (("fsync", fsync), ("full_page_writes", full_page_writes)):
+        if value != "on":
+            return f"{name}={value} loses accepted jobs when its machine crashes: should be on, unless --unsafe is said"
+    return None
 
 
 async def _keep(_: Connection) -> None:

@@ -2,19 +2,31 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 import asyncpg
 
 from core.db import schema
-from core.db.connection import CONNECTION_ERRORS, PLANNED_ONCE, Connection, Line, Pool, connect, describe, open_pool
-from core.errors import SchemaMismatch, Unavailable
+from core.db.connection import (
+    CONNECTION_ERRORS,
+    PLANNED_ONCE,
+    Connection,
+    Line,
+    Pool,
+    check_safe,
+    connect,
+    describe,
+    open_pool,
+)
+from core.errors import SchemaMismatch, Unavailable, UnsafeServer
 from core.settings import Settings, without_secrets
+from core.wakeup import Wakeup
 
 POOL_SIZE = 8
 ACQUIRE_SECONDS = 5
 CLOSE_SECONDS = 3
 LOOK_SECONDS = 3
+LOOK_AGAIN_SECONDS = 10
 
 # Tables that are not there (any more), or not ours to use: the database was emptied, or is being migrated.
 UNFIT = (
@@ -35,7 +47,7 @@ class Database:
         self._store = Line(settings, "api", **PLANNED_ONCE)
         self._bell = Line(settings, "api")
         self._fits = False
-        self._doubt = asyncio.Event()
+        self._doubt = Wakeup()
 
     async def keep_open(self) -> None:
         """Wait for the server, then for the schema; again for the schema when it turns out not to fit."""
@@ -43,9 +55,10 @@ class Database:
         while True:
             await schema.ensure(self._pool)
             self._fits = True
-            await self._doubt.wait()
+            while not await self._doubt.wait(LOOK_AGAIN_SECONDS):
+                with suppress(Unavailable):
+                    await self.check()
             self._fits = False
-            self._doubt.clear()
 
     @property
     def is_open(self) -> bool:
@@ -78,7 +91,7 @@ class Database:
             self._doubt.set()
             raise Unavailable(f"the database does not hold this schema: {describe(error)}") from error
         except CONNECTION_ERRORS as error:
-            raise Unavailable(f"PostgreSQL at {self._address} is away: {describe(error)}") from error
+            raise self._unavailable(error) from error
 
     async def check(self) -> None:
         """Raise Unavailable, saying what is wrong, unless PostgreSQL answers, the schema fits, and jobs are taken."""
@@ -88,13 +101,27 @@ class Database:
         except (SchemaMismatch, *UNFIT) as error:
             raise Unavailable(describe(error)) from error
         except CONNECTION_ERRORS as error:
-            raise Unavailable(f"PostgreSQL at {self._address} is away: {describe(error)}") from error
+            if isinstance(error, UnsafeServer):
+                await self._let_go()
+            raise self._unavailable(error) from error
         if not self.is_open:
             raise Unavailable(f"PostgreSQL at {self._address} answers, and will be used in a moment")
+
+    async def _let_go(self) -> None:
+        """Use no connection any more that was opened to a safe server: each new one is looked at."""
+        self._store.close()
+        self._bell.close()
+        if self._pool is not None:
+            await self._pool.expire_connections()
+
+    def _unavailable(self, error: BaseException) -> Unavailable:
+        how = "refused" if isinstance(error, UnsafeServer) else "away"
+        return Unavailable(f"PostgreSQL at {self._address} is {how}: {describe(error)}")
 
     async def _look(self) -> None:
         if self._pool is not None:
             async with self._pool.acquire(timeout=LOOK_SECONDS) as connection:
+                await check_safe(connection, self._settings)
                 await schema.check(connection)
             return
         alone = await connect(self._settings, "api")

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_dir(up, f"default: the setting DATA_DIR, {DATA_DIR}")
     up.add_argument("--port", type=_port, metavar="N", help=f"of the API; default: the setting API_PORT, {PORT}")
     up.add_argument("--end-jobs", action="store_true", help="when stopped, end running jobs; else they go on")
+    up.add_argument("--unsafe", action="store_true", help="also with a PostgreSQL that may lose what it has committed")
     _add_config(up)
     for role in ROLES:
         command(role, f"run the {role} alone", add_help=False)
@@ -129,11 +130,11 @@ def _demo() -> int:
 def _up(options: argparse.Namespace) -> int:
     import asyncio
 
+    from core.role import with_switches
     from services.standalone.up import up
 
     settings, file = _settings(options)
-    if options.end_jobs:
-        settings = settings.model_copy(update={"end_jobs": True})
+    settings = with_switches(settings, options)
     port = settings.api_port if options.port is None else options.port
     return asyncio.run(up(settings, options.data_dir or settings.data_dir, port, file))
 

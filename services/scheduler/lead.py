@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import asyncpg
 import structlog
 
-from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, WAKE_CHANNEL, connect, describe
+from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, WAKE_CHANNEL, check_safe, connect, describe
 from core.settings import Settings
 from core.wakeup import Wakeup
 
@@ -29,7 +29,7 @@ async def lead(settings: Settings, wake: Wakeup, duties: Sequence[Callable[[], A
         try:
             connection = await connect(settings, "scheduler", idle_session_timeout=SILENCE)
             try:
-                await _lead_on(connection, wake, duties)
+                await _lead_on(connection, settings, wake, duties)
             finally:
                 connection.terminate()
         except CONNECTION_ERRORS as error:
@@ -45,7 +45,10 @@ async def lead(settings: Settings, wake: Wakeup, duties: Sequence[Callable[[], A
 
 
 async def _lead_on(
-    connection: asyncpg.Connection, wake: Wakeup, duties: Sequence[Callable[[], Awaitable[None]]]
+    connection: asyncpg.Connection,
+    settings: Settings,
+    wake: Wakeup,
+    duties: Sequence[Callable[[], Awaitable[None]]],
 ) -> None:
     log = structlog.get_logger()
     await connection.add_listener(WAKE_CHANNEL, lambda *_: wake.set())
@@ -58,15 +61,17 @@ async def _lead_on(
     log.info("scheduler_leads")
     wake.set()  # whatever was said while nobody listened
     async with asyncio.TaskGroup() as group:
-        group.create_task(_probe(connection))
+        group.create_task(_probe(connection, settings))
         for duty in duties:
             group.create_task(_awaited(duty()))
 
 
-async def _probe(connection: asyncpg.Connection) -> None:
-    """A LISTEN connection that died says nothing: ask it."""
+async def _probe(connection: asyncpg.Connection, settings: Settings) -> None:
+    """A LISTEN connection that died says nothing: ask it; and whether the server's settings are still safe."""
     while True:
-        await connection.fetchval(_PROBE, timeout=PROBE_TIMEOUT_SECONDS)
+        async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
+            await connection.execute(_PROBE)
+            await check_safe(connection, settings)
         await asyncio.sleep(PROBE_SECONDS)
 
 
