@@ -71,6 +71,11 @@ bench *options:
 audit *options:
     @{{addressed}} exec {{run}} rowlock audit "$@"
 
+# Tell what this node and its servers are fit for; fails when something is at fault
+[positional-arguments]
+doctor *options:
+    @{{addressed}} exec {{run}} rowlock doctor "$@"
+
 # Remove the data of `up` and `dev-infra`: the database, the jobs, their outputs
 [confirm("Remove .rowlock with its database, its jobs and their outputs? [y/N]")]
 reset:

@@ -85,7 +85,7 @@ finally:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
     listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ") and line[4] != " "}
-    assert listed >= {"demo", "up", "api", "scheduler", "worker", "migrate", "audit", "health", "infra"}
+    assert listed >= {"demo", "up", "api", "scheduler", "worker", "migrate", "audit", "doctor", "health", "infra"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

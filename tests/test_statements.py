@@ -21,6 +21,7 @@ from core.loss import Lease, Loss
 from core.policy import plan
 from core.records import Attempt, Capacity, Ending, Placement, Waiting
 from core.states import Reason, State
+from services.cli.doctor import postgres
 from services.scheduler import lead
 from services.scheduler.allocate import BATCH, room
 from tests.builders import a_job, a_node, allocate, finish, register, start, submit
@@ -33,7 +34,7 @@ VERBS = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH")
 
 def modules() -> list[ModuleType]:
     found = [import_module(f"core.db.{info.name}") for info in pkgutil.iter_modules(core.db.__path__) if not info.ispkg]
-    return [*found, lead]
+    return [*found, lead, postgres]
 
 
 def is_statement(name: str, value: object) -> bool:

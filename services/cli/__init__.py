@@ -1,1 +1,1 @@
-"""The ``rowlock`` command: only migrate, audit and health use PostgreSQL directly."""
+"""The ``rowlock`` command: only migrate, audit, doctor and health use PostgreSQL directly."""

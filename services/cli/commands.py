@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     audit = command("audit", "look for broken invariants in the live database; exit 1 when there are any")
     audit.add_argument("--json", action="store_true", help="as one JSON document")
     _add_config(audit)
+    doctor = command("doctor", "tell what this node and its servers are fit for; exit 1 when something is at fault")
+    doctor.add_argument("--json", action="store_true", help="as one JSON document")
+    _add_config(doctor)
     health = command("health", "tell whether a role of this host is well; exit 1 when it is not")
     health.add_argument("role", choices=ROLES, metavar="ROLE", help=", ".join(ROLES))
     _add_config(health)
@@ -170,6 +173,10 @@ def _operate(options: argparse.Namespace) -> int:
         from services.cli.audit import audit
 
         return asyncio.run(audit(settings, as_json=options.json))
+    if options.command == "doctor":
+        from services.cli.doctor.command import doctor
+
+        return asyncio.run(doctor(settings, as_json=options.json))
     from services.cli.health import health
 
     return asyncio.run(health(settings, options.role))
