@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from io import BytesIO
@@ -17,6 +18,9 @@ from core.states import FINAL
 
 FIRST_POLL_SECONDS = 0.01
 LONGEST_POLL_SECONDS = 0.5
+FIRST_RETRY_SECONDS = 0.1
+LONGEST_RETRY_SECONDS = 2.0
+RETRY_SECONDS = 20.0
 
 _FINAL = frozenset(state.value for state in FINAL)
 
@@ -62,9 +66,22 @@ class Client:
         assert self._session is not None
         await self._session.close()
 
-    async def submit(self, job: Mapping[str, Any], script: str) -> JobDocument:
-        """Submit once: a submission whose answer was lost may be stored all the same."""
-        return cast(JobDocument, await self._json("POST", "/api/v1/jobs", body={"job": dict(job), "script": script}))
+    async def submit(self, job: Mapping[str, Any], script: str, *, key: str | None = None) -> JobDocument:
+        """Submit under a key, one of its own by default: one job, however often it is sent.
+
+        Sent again while the API cannot be reached or cannot tell (503), for RETRY_SECONDS.
+        """
+        body, headers = {"job": dict(job), "script": script}, {"Idempotency-Key": key or secrets.token_hex(16)}
+        loop, pause = asyncio.get_running_loop(), FIRST_RETRY_SECONDS
+        ends = loop.time() + RETRY_SECONDS
+        while True:
+            try:
+                return cast(JobDocument, await self._json("POST", "/api/v1/jobs", body=body, headers=headers))
+            except ClientError as error:
+                if not error.may_pass or loop.time() + pause > ends:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_RETRY_SECONDS)
 
     async def job(self, job_id: int) -> JobDocument:
         """One job."""
@@ -148,8 +165,9 @@ class Client:
         *,
         query: Mapping[str, str | int] | None = None,
         body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        async with self._answered(method, path, query, body) as answer:
+        async with self._answered(method, path, query, body, headers) as answer:
             try:
                 document = await answer.json(content_type=None)
             except ValueError:
@@ -159,20 +177,27 @@ class Client:
             return document
 
     async def _bytes(self, method: str, path: str, *, query: Mapping[str, str | int] | None = None) -> bytes:
-        async with self._answered(method, path, query, None) as answer:
+        async with self._answered(method, path, query) as answer:
             return await answer.read()
 
     @asynccontextmanager
     async def _answered(
-        self, method: str, path: str, query: Mapping[str, str | int] | None, body: Mapping[str, Any] | None
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str | int] | None,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         assert self._session is not None, "use the client as a context"
         # From a file, as it were: aiohttp warns of large bodies that are bytes.
         sent = None if body is None else BytesIO(json.dumps(body).encode())
-        headers = None if body is None else {"Content-Type": "application/json"}
+        given = dict(headers or {})
+        if body is not None:
+            given["Content-Type"] = "application/json"
         try:
             async with self._session.request(
-                method, self._address + path, params=query, data=sent, headers=headers
+                method, self._address + path, params=query, data=sent, headers=given
             ) as answer:
                 if answer.status >= 400:
                     raise ClientError(answer.status, await _problem(answer))

@@ -30,6 +30,10 @@ class NewJob:
     comment: str | None
     cpus_per_task_given: bool
     tasks_per_node_given: bool
+    key: str | None = None
+    """Its Idempotency-Key: of its account, and for as long as the job."""
+    digest: bytes | None = None
+    """With a key: what tells whether another submission under it asks for the same job."""
 
     @property
     def cpus(self) -> int:

@@ -94,7 +94,7 @@ class Api:
 
     async def stored(self) -> int:
         """Rows in all tables that a submission writes to."""
-        tables = ("jobs", "job_specs", "pending", "allocations", "job_events")
+        tables = ("jobs", "job_specs", "idempotency_keys", "pending", "allocations", "job_events")
         counts = " + ".join(f"(SELECT count(*) FROM {table})" for table in tables)
         found: int = await self.database.fetchval(f"SELECT {counts}")
         return found

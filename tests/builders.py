@@ -87,7 +87,7 @@ async def submit(connection: Connection, *wanted: NewJob) -> list[int]:
     """Store jobs; answer their numbers."""
     stored = await jobs.insert(connection, wanted or [a_job()])
     assert None not in stored
-    return [row[0] for row in stored if row is not None]
+    return [row.job_id for row in stored if row is not None]
 
 
 async def register(connection: Connection, spec: NodeSpec | None = None, *, lease_seconds: float = 3600) -> int:

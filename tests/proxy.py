@@ -22,6 +22,8 @@ class Fault(Enum):
     """Neither end hears of the other any more, and the word did not arrive."""
     HOLE_AFTER = auto()
     """Neither end hears of the other any more, and the word did arrive."""
+    LATE = auto()
+    """It arrives, and what follows it, once `deliver` is called."""
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ class Proxy:
         self._wires: set[_Wire] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard = asyncio.Event()
+        self._delivered = asyncio.Event()
         self._trap: _Trap | None = None
         self.port = 0
         self.tripped = asyncio.Event()
@@ -90,7 +93,12 @@ class Proxy:
         With `away` every other connection ends at once, and new ones are refused until `mend`.
         """
         self.tripped.clear()
+        self._delivered.clear()
         self._trap = _Trap(word, fault, away, times)
+
+    def deliver(self) -> None:
+        """Let arrive what is LATE, though nobody may wait for it any more."""
+        self._delivered.set()
 
     async def close(self) -> None:
         """End everything."""
@@ -146,7 +154,9 @@ class Proxy:
                 await self._heard.wait()
                 if (trap := self._trap) is not None and trap.word in before[1 - len(trap.word) :] + data:
                     self._spring(trap, wire, writer, data)
-                    return
+                    if trap.fault is not Fault.LATE:
+                        return
+                    await self._delivered.wait()
                 before = (before + data)[-CHUNK:]
                 writer.write(data)
                 await writer.drain()
@@ -158,7 +168,7 @@ class Proxy:
         """What the server says, until it has nothing to say any more."""
         while data := await reader.read(CHUNK):
             await self._heard.wait()
-            if wire.struck is not None:
+            if wire.struck not in (None, Fault.LATE):
                 break
             writer.write(data)
             await writer.drain()

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
+from core.db import connection as db
 from core.db.connection import Pool
 from core.settings import Settings
 from services.api import database as api_database
+from services.api import submit
 from services.api.app import ROUTES
+from services.api.problems import Problem
 from tests.api import JOBS, PATIENCE, Answer, Api, check_problem, serving
-from tests.builders import a_node, give, register, start
+from tests.builders import a_job, a_node, give, register, start
 from tests.proxy import Fault, Proxy, proxied
 
 pytestmark = pytest.mark.anyio
@@ -117,30 +121,141 @@ async def test_bad_requests_are_told_so_while_postgres_is_away(
         check_problem(await api.get("/nowhere"), 404)
 
 
-@pytest.mark.parametrize(
-    ("word", "fault", "detail", "kept"),
-    [
-        # Prepared, then run: its values come with the run, whose answer is that of the commit.
-        (b"INSERT INTO jobs", Fault.CUT_BEFORE, "may have been stored", 0),
-        (b"INSERT INTO jobs", Fault.CUT_AFTER, "may have been stored", 0),
-        (b"the account", Fault.CUT_BEFORE, "may have been stored", 0),
-        (b"the account", Fault.CUT_AFTER, "may have been stored", 1),
-    ],
-)
-async def test_a_submission_is_stored_as_a_whole_or_not_at_all(
-    wired: Settings, wire: Proxy, connection: asyncpg.Connection, word: bytes, fault: Fault, detail: str, kept: int
+# --- the answer to a commit is lost
+
+ACCOUNT = "the account"
+JOB = {"job": {"account": ACCOUNT}, "script": "#!/bin/sh\n"}
+
+# Prepared, then run: its values come with the run, whose answer is that of the commit.
+LOST = [
+    (b"INSERT INTO jobs", Fault.CUT_BEFORE, 0),
+    (b"INSERT INTO jobs", Fault.CUT_AFTER, 0),
+    (ACCOUNT.encode(), Fault.CUT_BEFORE, 0),
+    (ACCOUNT.encode(), Fault.CUT_AFTER, 1),
+    (ACCOUNT.encode(), Fault.HOLE_BEFORE, 0),
+    (ACCOUNT.encode(), Fault.HOLE_AFTER, 1),
+]
+CUT = [lost for lost in LOST if lost[1] in (Fault.CUT_BEFORE, Fault.CUT_AFTER)]
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for an answer that does not come gives up soon."""
+    monkeypatch.setattr(db, "COMMAND_SECONDS", 0.5)
+    monkeypatch.setattr(api_database, "ACQUIRE_SECONDS", 0.5)
+
+
+async def check_stored(connection: asyncpg.Connection, jobs: int) -> None:
+    """So many jobs are there, each as a whole."""
+    for table in ("jobs", "job_specs", "pending", "job_events"):
+        assert await connection.fetchval(f"SELECT count(*) FROM {table}") == jobs
+
+
+@pytest.mark.parametrize(("word", "fault", "_kept"), LOST)
+@pytest.mark.usefixtures("hasty")
+async def test_a_lost_answer_is_settled(
+    wired: Settings, wire: Proxy, connection: asyncpg.Connection, word: bytes, fault: Fault, _kept: int
+) -> None:
+    async with an_api_on(wired, connection) as api:
+        await answers(api)
+        wire.at(word, fault)
+        answer = await api.post(JOB)
+        assert (wire.tripped.is_set(), answer.status) == (True, 201), answer.body
+        assert await api.job(answer.json["job_id"]) == answer.json
+        await check_stored(connection, 1)
+
+
+@pytest.mark.parametrize(("word", "fault", "_kept"), CUT)
+async def test_a_lost_answer_is_settled_once_postgres_is_back(
+    wired: Settings, wire: Proxy, connection: asyncpg.Connection, word: bytes, fault: Fault, _kept: int
 ) -> None:
     async with an_api_on(wired, connection) as api:
         await answers(api)
         wire.at(word, fault, away=True)
-        answer = await api.post({"job": {"account": "the account"}, "script": "#!/bin/sh\n"})
-        check_problem(answer, 503, detail)
+        posting = asyncio.create_task(api.post(JOB))
+        await wire.tripped.wait()
+        await wire.mend()
+        assert (await posting).status == 201
+        await check_stored(connection, 1)
+
+
+@pytest.mark.parametrize(("word", "fault", "kept"), CUT)
+async def test_a_lost_answer_of_a_postgres_that_stays_away(
+    wired: Settings,
+    wire: Proxy,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    word: bytes,
+    fault: Fault,
+    kept: int,
+) -> None:
+    monkeypatch.setattr(submit, "SETTLE_SECONDS", 0.2)
+    async with an_api_on(wired, connection) as api:
+        await answers(api)
+        wire.at(word, fault, away=True)
+        answer = await api.post(JOB)
+        check_problem(answer, 503, "may have been stored")
         assert answer.headers["Retry-After"]
+        answer = await api.post(JOB)
+        check_problem(answer, 503, "is away")
+        assert b"may have been stored" not in answer.body  # the next one knows that it was not sent
         await wire.mend()
         await answers(api)
-        for table in ("jobs", "job_specs", "pending", "job_events"):
-            assert await connection.fetchval(f"SELECT count(*) FROM {table}") == kept
+        await check_stored(connection, kept)
         await api.submit()
+
+
+async def test_an_insert_that_arrives_late_finds_nobody(
+    wired: Settings, wire: Proxy, connection: asyncpg.Connection, hasty: None
+) -> None:
+    """A network held it up for longer than the API waited: stored again by then, it must not be stored twice."""
+    async with an_api_on(wired, connection) as api:
+        await answers(api)
+        wire.at(ACCOUNT.encode(), Fault.LATE)
+        assert (await api.post(JOB)).status == 201
+        wire.deliver()
+        await api.submit(account="another")
+        await connection.execute("SELECT pg_sleep(0.3)")  # in which nothing is to happen
+        assert await connection.fetch("SELECT account FROM jobs ORDER BY 1") == [("another",), (ACCOUNT,)]
+
+
+async def test_a_batch_is_settled_job_by_job(wired: Settings, wire: Proxy, connection: asyncpg.Connection) -> None:
+    """Of those that were stored, those that fit no node, and those whose key is taken, each gets its own answer."""
+    await register(connection, a_node("n1", 4))
+    async with an_api_on(wired, connection) as api:
+        await answers(api)
+        earlier = await api.state.submitter.submit(a_job(key="taken", digest=b"d"))
+        wire.at(ACCOUNT.encode(), Fault.CUT_AFTER)
+        batch = [
+            a_job(account=ACCOUNT, name="one"),
+            a_job(cpus=5),
+            a_job(key="taken", digest=b"d"),
+            a_job(account=ACCOUNT, name="two", key="new", digest=b"d"),
+        ]
+        results = await asyncio.gather(*map(api.state.submitter.submit, batch), return_exceptions=True)
+        one, large, taken, two = results
+        assert wire.tripped.is_set()
+        assert isinstance(one, submit.Accepted)
+        assert isinstance(two, submit.Accepted)
+        assert [(found.job.name, found.replayed) for found in (one, two)] == [("one", False), ("two", False)]
+        assert isinstance(large, Problem)
+        assert taken == replace(earlier, replayed=True)
+        await check_stored(connection, 3)
+
+
+async def test_what_the_server_itself_refuses_is_no_doubt(
+    settings: Settings, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that is not given is an answer: nothing was stored, and nothing has to be looked for."""
+    monkeypatch.setitem(db.SESSION, "lock_timeout", "100ms")
+    async with an_api_on(settings, connection) as api:
+        await answers(api)
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE pending IN ACCESS EXCLUSIVE MODE")
+            answer = await api.post(JOB)
+        check_problem(answer, 503, "lock timeout")
+        assert b"may have been stored" not in answer.body
+        await check_stored(connection, 0)
 
 
 async def test_postgres_goes_before_the_scheduler_is_told(

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 
 from core import __version__
+from core import client as core_client
 from core.client import Client, ClientError
 from core.db.connection import open_pool
 from core.states import State
@@ -19,6 +20,7 @@ from services.worker.launch import describe_host
 from tests.api import SCRIPT, Api, api_of_a_module
 from tests.builders import a_node, finish, give, register, settings_for, start
 from tests.conftest import Databases
+from tests.proxy import Fault, proxied
 
 pytestmark = pytest.mark.anyio
 
@@ -50,6 +52,50 @@ async def test_a_large_script(client: Client) -> None:
     script = "#!/bin/sh\n" + "x" * (1024 * 1024 - 10)
     job = await client.submit({"account": "test"}, script)
     assert await client.script(job["job_id"]) == script
+
+
+async def test_a_key_of_ones_own(api: Api, client: Client) -> None:
+    first = await client.submit({"account": "test"}, SCRIPT, key="mine")
+    assert await client.submit({"account": "test"}, SCRIPT, key="mine") == first
+    with pytest.raises(ClientError, match=f"stands for another job, {first['job_id']}"):
+        await client.submit({"account": "test", "name": "other"}, SCRIPT, key="mine")
+    others = [await client.submit({"account": "test"}, SCRIPT) for _ in range(2)]
+    assert len({first["job_id"], *(job["job_id"] for job in others)}) == 3
+
+
+@pytest.mark.parametrize("away", [False, True])
+@pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER, Fault.HOLE_BEFORE, Fault.HOLE_AFTER])
+async def test_a_submission_whose_answer_is_lost_is_one_job(api: Api, fault: Fault, away: bool) -> None:
+    account = f"{fault.name} {away}"
+    async with proxied(api.address) as wire, Client(wire.url, timeout_seconds=1) as client:
+        wire.at(b"POST", fault, away=away)
+        submitting = asyncio.create_task(client.submit({"account": account}, SCRIPT))
+        await wire.tripped.wait()
+        await wire.mend()
+        job = await submitting
+    async with Client(api.address) as client:
+        assert [found async for found in client.all_jobs(account=account)] == [job]
+
+
+async def test_a_submission_is_not_sent_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_client, "RETRY_SECONDS", 0.5)
+    sent: list[bytes] = []
+    unavailable = http("503 Service Unavailable", "application/problem+json", b'{"detail": "away"}')
+    async with answering(unavailable, sent) as address, Client(address) as client:
+        async with asyncio.timeout(20):
+            with pytest.raises(ClientError, match=r"^away$"):
+                await client.submit({"account": "test"}, SCRIPT)
+    keys = {line for head in sent for line in head.splitlines() if line.lower().startswith(b"idempotency-key: ")}
+    assert (len(sent) > 1, len(keys)) == (True, 1)
+
+
+async def test_what_is_refused_is_not_sent_again() -> None:
+    sent: list[bytes] = []
+    refused = http("422 Unprocessable", "application/problem+json", b'{"detail": "no"}')
+    async with answering(refused, sent) as address, Client(address) as client:
+        with pytest.raises(ClientError, match=r"^no$"):
+            await client.submit({"account": "test"}, SCRIPT)
+    assert len(sent) == 1
 
 
 async def test_lists(client: Client) -> None:
@@ -153,11 +199,13 @@ async def test_an_address_that_is_none(address: str) -> None:
 
 
 @asynccontextmanager
-async def answering(answer: bytes) -> AsyncIterator[str]:
-    """A server that says this, whatever it is asked."""
+async def answering(answer: bytes, asked: list[bytes] | None = None) -> AsyncIterator[str]:
+    """A server that says this, whatever it is asked, and notes the heads of what it was."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        if asked is not None:
+            asked.append(head)
         if answer:
             writer.write(answer)
             writer.close()

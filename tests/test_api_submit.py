@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from core.db.audit import audit
+from core.errors import Unavailable
 from core.records import NewJob
 from services.api import submit
 from services.api.problems import Problem
@@ -36,7 +37,8 @@ async def api(a_server: Api) -> AsyncIterator[Api]:
     yield a_server
     assert await audit(a_server.database) == []
     await a_server.database.execute(
-        "TRUNCATE jobs, job_specs, pending, allocations, job_events, node_leases, nodes RESTART IDENTITY"
+        "TRUNCATE jobs, job_specs, idempotency_keys, pending, allocations, job_events, node_leases, nodes"
+        " RESTART IDENTITY"
     )
 
 
@@ -109,11 +111,22 @@ async def test_a_partition_that_no_node_has(api: Api) -> None:
     assert (await api.submit(partition="long"))["partition"] == "long"
 
 
+def test_what_fits_by_now_may_be_posted_again() -> None:
+    """A node has registered between the statement that took nothing and the look at why."""
+    small, large = {"default": 4}, {"default": 8}
+    assert isinstance(submit.why_not(a_job(cpus=8), {}, small), Problem)
+    for nodes in (large, {}):
+        answer = submit.why_not(a_job(cpus=8), {}, nodes)
+        assert isinstance(answer, Unavailable)
+        assert "post it again" in str(answer)
+
+
 # --- batches
 
 
 async def test_what_arrives_together_is_stored_together(api: Api) -> None:
-    jobs = await asyncio.gather(*(api.state.submitter.submit(a_job(name=f"job {n}")) for n in range(200)))
+    batch = [a_job(name=f"job {n}") for n in range(200)]
+    jobs = [found.job for found in await asyncio.gather(*map(api.state.submitter.submit, batch))]
     assert await transactions(api) == 1
     assert [job.name for job in jobs] == [f"job {n}" for n in range(200)]
     assert len({job.job_id for job in jobs}) == 200
@@ -150,7 +163,7 @@ async def test_what_only_the_database_refuses_fails_alone(api: Api, changes: dic
     refused = results.pop(2)
     assert isinstance(refused, Problem)
     assert refused.status == 422
-    assert [job.name for job in results if not isinstance(job, BaseException)] == [f"job {n}" for n in range(5)]
+    assert [found.job.name for found in results if isinstance(found, submit.Accepted)] == [f"job {n}" for n in range(5)]
     assert await api.database.fetchval("SELECT count(*) FROM jobs") == 5
 
 
@@ -168,8 +181,8 @@ async def test_bad_posts_among_good_ones(api: Api) -> None:
 async def test_large_submissions_go_in_parts(api: Api) -> None:
     script = "#!/bin/sh\n# " + "x" * (submit.PART // 20)
     batch = [a_job(name=f"job {n}", script=script) for n in range(40)]
-    jobs = await asyncio.gather(*map(api.state.submitter.submit, batch))
-    assert [job.name for job in jobs] == [f"job {n}" for n in range(40)]
+    found = await asyncio.gather(*map(api.state.submitter.submit, batch))
+    assert [one.job.name for one in found] == [f"job {n}" for n in range(40)]
     assert await transactions(api) == 3
 
 

@@ -10,20 +10,24 @@ from pathlib import Path
 import aiohttp
 import asyncpg
 import pytest
+from pydantic import SecretStr
 from structlog.testing import capture_logs
 
+from core.db import connection as db
 from core.db import schema
 from core.db.connection import connect, open_pool, risk
 from core.errors import Unavailable, UnsafeServer
 from core.settings import Settings
 from core.wakeup import Wakeup
 from services.api import database as api_database
+from services.api import submit
 from services.api.state import State
 from services.scheduler import lead
 from services.standalone import embedded
 from services.standalone.embedded import EmbeddedPostgres
 from tests.api import JOBS, serving
 from tests.builders import settings_for
+from tests.proxy import Fault, proxied
 from tests.system import System, until
 
 pytestmark = pytest.mark.anyio
@@ -67,7 +71,7 @@ async def set_by_reload(server: EmbeddedPostgres, name: str, value: str) -> None
     async def is_so() -> bool:
         connection = await asyncpg.connect(server.url)
         try:
-            return await connection.fetchval(f"SHOW {name}") == value
+            return await connection.fetchval(f"SHOW {name}") == value.strip("'")
         finally:
             await connection.close()
 
@@ -213,6 +217,43 @@ async def test_an_api_notices_a_reload_by_itself(
             assert all([await refuses(open_one) for _ in range(20)])  # whichever of its connections is used
         await set_by_reload(server, "fsync", "on")
         await answers(api, 200)
+
+
+async def test_what_waits_for_a_standby_is_not_accepted_by_a_look_at_it(
+    server: EmbeddedPostgres, own: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that was cut off from its client shows its rows, whether or not a standby has them."""
+    monkeypatch.setattr(db, "COMMAND_SECONDS", 0.5)
+    monkeypatch.setattr(api_database, "ACQUIRE_SECONDS", 0.5)
+    monkeypatch.setattr(submit, "SETTLE_SECONDS", 3)
+    await restart(server, max_wal_senders="2")
+    async with proxied(server.url) as wire:
+        wired = own.model_copy(update={"database_url": SecretStr(wire.url)})
+        async with serving(wired) as api, aiohttp.ClientSession(f"http://127.0.0.1:{api[1]}") as session:
+            await answers(api, 200)
+            await set_by_reload(server, "synchronous_standby_names", "nobody")
+            await until(lambda: commits_hang(server), "commits wait for the standby")
+            wire.at(b"the account", Fault.HOLE_AFTER)
+            body = {"job": {"account": "the account"}, "script": "#!/bin/sh\n"}
+            for detail in ("may have been stored", "is away"):
+                async with session.post(JOBS, json=body, headers={"Idempotency-Key": "k"}) as posted:
+                    assert posted.status == 503
+                    assert detail in await posted.text()
+            await set_by_reload(server, "synchronous_standby_names", "''")
+            await answers(api, 200)
+            async with session.post(JOBS, json=body, headers={"Idempotency-Key": "k"}) as posted:
+                assert (posted.status, posted.headers["Idempotent-Replay"]) == (200, "true")
+
+
+async def commits_hang(server: EmbeddedPostgres) -> bool:
+    connection = await asyncpg.connect(server.url)
+    try:
+        await connection.execute("CREATE TABLE IF NOT EXISTS waits (); DROP TABLE waits", timeout=0.3)
+    except TimeoutError:
+        return True
+    finally:
+        connection.terminate()
+    return False
 
 
 # The scheduler, the worker

@@ -340,7 +340,7 @@ async def test_a_step_that_fails_leaves_nothing_behind(connection: asyncpg.Conne
 def test_the_lock_order_is_written_where_the_tables_are() -> None:
     """Every table that a transaction locks stands in the one place that says in which order."""
     text = schema.fresh_schema()
-    [order] = re.findall(r"^--\s+(jobs by job_id .*)$", text, re.MULTILINE)
+    [order] = re.findall(r"^--\s+(idempotency_keys by .*)$", text, re.MULTILINE)
     tables = set(re.findall(r"^CREATE TABLE (\w+)", text, re.MULTILINE))
     inserted_only = {"rowlock_schema", "job_specs", "job_events"}
     assert set(re.findall(r"\w+", order)) & tables == tables - inserted_only

@@ -90,8 +90,10 @@ WHERE job_id BETWEEN 20001 AND 20512;
 
 INSERT INTO allocations (job_id, node, attempt, cpus) SELECT job_id, node, 1, cpus FROM jobs
 WHERE state IN ('RUNNING', 'CONFIGURING');
-INSERT INTO job_specs (job_id, script, environment, standard_output, cpus_per_task_given, tasks_per_node_given)
-SELECT job_id, '#!/bin/sh', '{}', 'slurm-%j.out', true, false FROM jobs;
+INSERT INTO job_specs (job_id, script, environment, standard_output, cpus_per_task_given, tasks_per_node_given,
+                       submission)
+SELECT job_id, '#!/bin/sh', '{}', 'slurm-%j.out', true, false, job_id FROM jobs;
+INSERT INTO idempotency_keys (account, key, job_id, digest) SELECT account, job_id, job_id, '' FROM jobs;
 INSERT INTO pending (partition, cpus, job_id) SELECT partition, cpus, job_id FROM jobs WHERE state = 'PENDING';
 INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, 0, state, 'None' FROM jobs;
 """
@@ -183,6 +185,9 @@ Use = Callable[[Any, int], Awaitable[object]]
 
 HOT: dict[str, Use] = {
     "insert": lambda c, n: jobs.insert(c, [a_job()] * n),
+    "insert with keys": lambda c, n: jobs.insert(c, [a_job(key="1", digest=b"")] * n),
+    "stored_by": lambda c, n: jobs.stored_by(c, 0, n),
+    "by_keys": lambda c, n: jobs.by_keys(c, [a_job(key="1")] * n),
     "get": lambda c, n: jobs.get(c, WAITING[n]),
     "cancel_waiting": lambda c, n: jobs.cancel_waiting(c, WAITING[n]),
     "request_cancel": lambda c, n: jobs.request_cancel(c, Attempt(WAITING[n], 1)),
@@ -201,7 +206,7 @@ HOT: dict[str, Use] = {
     "oldest": lambda c, n: jobs.page(c, jobs.Filter(), newest_first=False, after=WAITING[n], limit=n),
 }
 
-LARGE = {"jobs", "pending", "job_specs", "job_events"}
+LARGE = {"jobs", "pending", "job_specs", "job_events", "idempotency_keys"}
 
 
 async def custom_plan(connection: asyncpg.Connection, text: str, arguments: Sequence[object]) -> Any:
@@ -340,6 +345,10 @@ async def test_no_index_stands_in_the_way_of_a_hot_update(connection: asyncpg.Co
 
 
 BREAKS = {
+    "key": [
+        "INSERT INTO idempotency_keys (account, key, job_id, digest) VALUES ('test', 'k', 1000000, '')",
+        "INSERT INTO idempotency_keys (account, key, job_id, digest) SELECT 'other', 'k', job_id, '' FROM pending",
+    ],
     "capacity": ["UPDATE nodes SET alloc_cpus = alloc_cpus - 1", "UPDATE allocations SET cpus = cpus + 1"],
     "ledger": [
         "DELETE FROM allocations",

@@ -22,6 +22,9 @@ INVARIANTS = {
     "specification: every job has one": """
         SELECT coalesce(j.job_id, s.job_id) AS job_id FROM jobs j FULL JOIN job_specs s USING (job_id)
         WHERE j.job_id IS NULL OR s.job_id IS NULL""",
+    "key: every key stands for a job of its account": """
+        SELECT k.account, k.key, k.job_id FROM idempotency_keys k LEFT JOIN jobs j USING (job_id, account)
+        WHERE j.job_id IS NULL""",
     "one end: a job that ended has exactly one final event, and its last event is its state": """
         WITH told AS (
             SELECT job_id, count(*) FILTER (WHERE to_state NOT IN ('PENDING', 'CONFIGURING', 'RUNNING')) AS endings,

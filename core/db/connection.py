@@ -192,6 +192,25 @@ def describe(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether the server itself has said that a statement failed: nothing of it stays. All else leaves that open."""
+    return isinstance(error, asyncpg.PostgresError) and error.severity_en == "ERROR"
+
+
+_END_BACKEND = """
+SELECT coalesce(bool_and(pg_terminate_backend(pid, $2)), true) FROM pg_stat_activity
+WHERE pid = $1 AND pid <> pg_backend_pid() AND application_name = current_setting('application_name')
+"""
+
+
+async def end_backend(connection: Connection, pid: int, seconds: float) -> bool:
+    """See to it that a backend of this role's that was lost is at an end, so that what it did not do it never will.
+
+    False when it is not within `seconds`. What arrives late, from a network that held it up, finds nobody.
+    """
+    return bool(await connection.fetchval(_END_BACKEND, pid, int(seconds * 1000)))
+
+
 NOTIFY = f"NOTIFY {WAKE_CHANNEL}"
 
 

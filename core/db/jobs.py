@@ -1,4 +1,4 @@
-"""The table jobs, and job_specs beside it: submissions, what clients read, and the moves that hold no CPUs."""
+"""The tables jobs, job_specs and idempotency_keys: submissions, what clients read, and the moves that hold no CPUs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,45 +12,66 @@ from core.db.connection import Connection
 from core.records import Attempt, Job, JobSpec, NewJob
 from core.states import State
 
+NEWEST = 200_000
+"""More than can be stored in the seconds in which somebody asks for what was just stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A submission that is a job now."""
+
+    job_id: int
+    submit_time: datetime
+
+
 _INSERT = """
 WITH input AS MATERIALIZED (
     SELECT nextval('jobs_job_id_seq') AS job_id, t.*
     FROM unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::int[], $6::bigint[], $7::bigint[], $8::bool[],
-                $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[], $15::bool[], $16::bool[])
+                $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[], $15::bool[], $16::bool[],
+                $17::text[], $18::bytea[])
          WITH ORDINALITY AS t (name, account, partition, tasks, cpus_per_task, memory_mib, time_limit_seconds, requeue,
                                script, environment, cwd, standard_output, standard_error, comment,
-                               cpus_per_task_given, tasks_per_node_given, position)
+                               cpus_per_task_given, tasks_per_node_given, key, digest, position)
     WHERE EXISTS (SELECT FROM nodes n
                   WHERE n.declared_cpus >= t.tasks::bigint * t.cpus_per_task AND t.partition = ANY (n.partitions))
        OR NOT EXISTS (SELECT FROM nodes)
+), claimed AS (
+    -- In one order, so that two of these that share keys wait for each other in one direction alone.
+    INSERT INTO idempotency_keys (account, key, job_id, digest)
+    SELECT account, key, job_id, digest FROM input WHERE key IS NOT NULL ORDER BY account, key, position
+    ON CONFLICT DO NOTHING
+    RETURNING job_id
+), taken AS (
+    SELECT * FROM input WHERE key IS NULL OR job_id IN (SELECT job_id FROM claimed)
 ), stored AS (
     INSERT INTO jobs (job_id, name, account, partition, tasks, cpus_per_task, cpus, memory_mib, time_limit_seconds,
                       requeue)
     OVERRIDING SYSTEM VALUE
     SELECT job_id, name, account, partition, tasks, cpus_per_task, tasks * cpus_per_task, memory_mib,
            time_limit_seconds, requeue
-    FROM input
-    RETURNING job_id, submit_time
+    FROM taken
 ), described AS (
     INSERT INTO job_specs (job_id, script, environment, current_working_directory, standard_output, standard_error,
-                           comment, cpus_per_task_given, tasks_per_node_given)
+                           comment, cpus_per_task_given, tasks_per_node_given, submission)
     SELECT job_id, script, environment, cwd, standard_output, standard_error, comment, cpus_per_task_given,
-           tasks_per_node_given
-    FROM input
+           tasks_per_node_given, $19 + position
+    FROM taken
 ), queued AS (
-    INSERT INTO pending (partition, cpus, job_id) SELECT partition, tasks * cpus_per_task, job_id FROM input
+    INSERT INTO pending (partition, cpus, job_id) SELECT partition, tasks * cpus_per_task, job_id FROM taken
 ), logged AS (
-    INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, 0, 'PENDING', 'None' FROM input
+    INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, 0, 'PENDING', 'None' FROM taken
 )
-SELECT position, job_id, submit_time FROM input JOIN stored USING (job_id)
+SELECT position, job_id, now() FROM taken
 """
 
 
-async def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[tuple[int, datetime] | None]:
-    """Store submissions in one statement; answer (job_id, submit_time) in their order.
+async def insert(connection: Connection, jobs: Sequence[NewJob], *, submission: int = 0) -> list[Stored | None]:
+    """Store submissions in one statement; answer how, in their order.
 
-    None, with nothing stored, for one that is larger than every registered node of its partition; while no node is
-    registered, all are taken.
+    None, with nothing stored, for one that is larger than every registered node of its partition (while no node is
+    registered, all are taken), and for one whose key is taken. `submission`, a number that no other statement has,
+    finds them again (`stored_by`): its next len(jobs) successors are used.
     """
     rows = await connection.fetch(
         _INSERT,
@@ -70,9 +91,60 @@ async def insert(connection: Connection, jobs: Sequence[NewJob]) -> list[tuple[i
         [job.comment for job in jobs],
         [job.cpus_per_task_given for job in jobs],
         [job.tasks_per_node_given for job in jobs],
+        [job.key for job in jobs],
+        [job.digest for job in jobs],
+        submission,
     )
-    stored = {row["position"]: (row["job_id"], row["submit_time"]) for row in rows}
-    return [stored.get(position) for position in range(1, len(jobs) + 1)]
+    return _in_order(rows, len(jobs))
+
+
+_STORED_BY = """
+SELECT s.submission - $1 AS position, job_id, j.submit_time
+FROM job_specs s JOIN jobs j USING (job_id)
+WHERE job_id > (SELECT max(job_id) - $3 FROM job_specs) AND s.submission > $1 AND s.submission <= $1 + $2
+FOR KEY SHARE OF j  -- see _BY_KEYS
+"""
+
+
+async def stored_by(connection: Connection, submission: int, count: int) -> list[Stored | None]:
+    """What `insert` with this number and so many jobs has stored: its answer once more, all or nothing.
+
+    To be asked soon, and only once that statement is over: it looks at the newest NEWEST jobs alone.
+    """
+    return _in_order(await connection.fetch(_STORED_BY, submission, count, NEWEST), count)
+
+
+def _in_order(rows: Sequence[asyncpg.Record], count: int) -> list[Stored | None]:
+    stored = {row[0]: Stored(row[1], row[2]) for row in rows}
+    return [stored.get(position) for position in range(1, count + 1)]
+
+
+_BY_KEYS = """
+SELECT k.key, k.digest, j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment,
+       n.work_base_dir, n.job_user,
+       j.state = 'RUNNING' AND NOT EXISTS (SELECT FROM node_leases l WHERE l.node = j.node
+                                           AND l.lease_until > clock_timestamp()) AS node_unreachable
+FROM unnest($1::text[], $2::text[]) AS t (account, key) JOIN idempotency_keys k USING (account, key)
+     JOIN jobs j USING (job_id) JOIN job_specs s USING (job_id) LEFT JOIN nodes n ON n.name = j.node
+-- A lock is written, so that this commits after all that the job's own commit has to wait for: one that was cut off
+-- from its client shows its rows, whether or not a standby that must have them does.
+FOR KEY SHARE OF j
+"""
+
+
+async def by_keys(connection: Connection, wanted: Sequence[NewJob]) -> dict[tuple[str, str], tuple[bytes, Job]]:
+    """The jobs, as they are now, that were stored under the keys of these submissions, each with its digest.
+
+    To be asked after `insert`, by a statement of its own: that one waits for another transaction that holds a key,
+    and does not see what it has stored.
+    """
+    rows = await connection.fetch(_BY_KEYS, [job.account for job in wanted], [job.key for job in wanted])
+    found = {}
+    for row in rows:
+        columns = dict(row)
+        key, digest = columns.pop("key"), columns.pop("digest")
+        found[row["account"], key] = digest, _job(columns)
+    return found
 
 
 _GET = """

@@ -8,7 +8,7 @@ from aiohttp import web
 from core.db import jobs
 from core.documents import JobsDocument
 from core.records import Job
-from services.api import guard, listing, models, rendering, state, strict_json
+from services.api import guard, idempotency, listing, models, rendering, state, strict_json
 from services.api.problems import Problem
 
 _JOB_ID = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
@@ -30,14 +30,19 @@ def found(job: Job | None, job_id: int) -> Job:
 
 
 async def post_job(request: web.Request) -> web.Response:
-    """``POST /jobs``: 201 with the job as stored, after the commit."""
+    """``POST /jobs``: 201 with the job as stored, after the commit; 200 with the one that has the key already."""
     api = state.of(request)
     guard.check_json(request)
-    new = models.new_job(strict_json.parse(await guard.body_of(request)), api.site)
-    job = await api.submitter.submit(new)
-    structlog.get_logger().info("job_submitted", job_id=job.job_id, account=job.account, cpus=job.cpus)
-    location = {"Location": f"/api/v1/jobs/{job.job_id}"}
-    return rendering.answer(rendering.job_document(job), 201, location)
+    key = idempotency.key_of(request)
+    new = models.new_job(strict_json.parse(await guard.body_of(request)), api.site, key)
+    accepted = await api.submitter.submit(new)
+    job = accepted.job
+    event = "submission_repeated" if accepted.replayed else "job_submitted"
+    structlog.get_logger().info(event, job_id=job.job_id, account=job.account, cpus=job.cpus)
+    headers = {"Location": f"/api/v1/jobs/{job.job_id}"}
+    if accepted.replayed:
+        headers[idempotency.REPLAY] = "true"
+    return rendering.answer(rendering.job_document(job), 200 if accepted.replayed else 201, headers)
 
 
 async def get_job(request: web.Request) -> web.Response:

@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
@@ -24,6 +24,7 @@ from pydantic import (
 from core import patterns
 from core.records import NewJob
 from core.units import parse_memory, parse_time_limit
+from services.api.idempotency import digest
 from services.api.problems import Fault, Problem, unprocessable
 
 MAX_CPUS: Final = 1_000_000
@@ -310,7 +311,7 @@ def node_request(document: object) -> NodeRequest:
     return request
 
 
-def new_job(document: object, site: Site) -> NewJob:
+def new_job(document: object, site: Site, key: str | None = None) -> NewJob:
     """The submission, or Problem 422 with all that is wrong with it (413: a script that is too large)."""
     job = _part(document, "job")
     _check_sizes(document, job)
@@ -320,17 +321,18 @@ def new_job(document: object, site: Site) -> NewJob:
         raise unprocessable([*_faults(error), *_faults_between(document, job)]) from None
     if faults := [*_faults_between(document, job), *_name_faults(request.job, site)]:
         raise unprocessable(faults)
-    return _new_job(request, site)
+    new = _new_job(request, site.default_partition)
+    return new if key is None else replace(new, key=key, digest=digest(_new_job(request, "")))
 
 
-def _new_job(request: SubmitRequest, site: Site) -> NewJob:
+def _new_job(request: SubmitRequest, default_partition: str) -> NewJob:
     job = request.job
     given = job.model_fields_set
     tasks = next((getattr(job, field) for field in TASK_FIELDS if field in given), 1)
     return NewJob(
         name=job.name,
         account=job.account,
-        partition=job.partition or site.default_partition,
+        partition=job.partition or default_partition,
         tasks=tasks,
         cpus_per_task=job.cpus_per_task,
         memory_mib=job.memory_per_node,

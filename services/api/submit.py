@@ -1,26 +1,41 @@
 """Storing submissions: everything that piled up goes in by one statement, in one transaction."""
 
+import asyncio
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from contextlib import suppress
+from dataclasses import dataclass
 
 import asyncpg
 import structlog
 
 from core.batch import Batcher
 from core.db import jobs, nodes
+from core.db.connection import RETRY_SECONDS, end_backend, is_refusal
 from core.errors import Unavailable
 from core.records import Job, NewJob
 from core.states import Reason, State
 from core.wakeup import Wakeup
 from services.api.database import Database
+from services.api.idempotency import HEADER, is_same
 from services.api.problems import Fault, Problem, unprocessable
 
 BATCH = 500
 # Characters in one statement: more is held several times over on its way, and might outlast the statement's time.
 PART = 8 * 1024 * 1024
+# For how long an insert whose answer was lost is looked for; the next submissions wait for it.
+SETTLE_SECONDS = 10
 
 # What says that a value does not fit, and not that the server is away. The models should have found it.
 MISFITS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A job that is stored, by this very submission or by an earlier one under the same key."""
+
+    job: Job
+    replayed: bool = False
 
 
 class Submitter:
@@ -29,20 +44,23 @@ class Submitter:
     def __init__(self, database: Database, wake: Wakeup) -> None:
         self._database = database
         self._wake = wake
-        self._batcher: Batcher[NewJob, Job] = Batcher(self._store, BATCH)
+        self._batcher: Batcher[NewJob, Accepted] = Batcher(self._store, BATCH)
 
     async def run(self) -> None:
         """Work until cancelled."""
         await self._batcher.run()
 
-    async def submit(self, job: NewJob) -> Job:
-        """The job as stored, after the commit. Raises Problem when it fits no node, and Unavailable."""
+    async def submit(self, job: NewJob) -> Accepted:
+        """The job as stored, after the commit.
+
+        Raises Unavailable, and Problem when it fits no node or its key stands for another job.
+        """
         return await self._batcher.do(job)
 
-    async def _store(self, batch: Sequence[NewJob]) -> list[Job | Exception]:
+    async def _store(self, batch: Sequence[NewJob]) -> list[Accepted | Exception]:
         return [result for part in parts(batch) for result in await self._store_part(part)]
 
-    async def _store_part(self, part: Sequence[NewJob]) -> list[Job | Exception]:
+    async def _store_part(self, part: Sequence[NewJob]) -> list[Accepted | Exception]:
         try:
             return await self._store_together(part)
         except Unavailable as error:
@@ -52,28 +70,74 @@ class Submitter:
                 return [_misfit(error)]
         return [result for job in part for result in await self._store_part([job])]
 
-    async def _store_together(self, batch: Sequence[NewJob]) -> list[Job | Exception]:
-        sent = False
+    async def _store_together(self, batch: Sequence[NewJob]) -> list[Accepted | Exception]:
+        stored = await self._insert(batch)
+        self._wake.set()
+        left = [job for job, row in zip(batch, stored, strict=True) if row is None]
+        others = iter(await self._why_not(left) if left else ())
+        return [
+            next(others) if row is None else Accepted(_stored(job, row)) for job, row in zip(batch, stored, strict=True)
+        ]
+
+    async def _insert(self, batch: Sequence[NewJob]) -> list[jobs.Stored | None]:
+        """Insert; when the answer is lost, find out whether that was done, and do it again when it was not."""
+        deadline: float | None = None
+        while True:
+            backend, submission = None, secrets.randbits(62)
+            try:
+                async with self._database.store() as connection:
+                    backend = connection.get_server_pid()
+                    return await jobs.insert(connection, batch, submission=submission)
+            except Unavailable as error:
+                if backend is None or is_refusal(error.__cause__):
+                    raise
+                deadline = deadline or asyncio.get_running_loop().time() + SETTLE_SECONDS
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        stored = await self._found(backend, submission, len(batch))
+                except TimeoutError:
+                    hint = "the job may have been stored: look before you post it again, or use an Idempotency-Key"
+                    raise Unavailable(f"{error}; {hint}") from error
+            if any(stored):
+                return stored
+
+    async def _found(self, backend: int, submission: int, count: int) -> list[jobs.Stored | None]:
+        """What an insert has stored whose answer was lost, once PostgreSQL is there to be asked."""
+        while True:
+            with suppress(Unavailable):
+                async with self._database.store() as connection:
+                    if await end_backend(connection, backend, RETRY_SECONDS):
+                        return await jobs.stored_by(connection, submission, count)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _why_not(self, batch: Sequence[NewJob]) -> list[Accepted | Exception]:
+        """The answers to submissions of which nothing was stored."""
         try:
             async with self._database.store() as connection:
-                sent = True
-                stored = await jobs.insert(connection, batch)
-                sent = False
-                largest = await nodes.largest_by_partition(connection) if None in stored else {}
+                keyed = [job for job in batch if job.key is not None]
+                kept = await jobs.by_keys(connection, keyed) if keyed else {}
+                largest = await nodes.largest_by_partition(connection) if len(kept) < len(batch) else {}
         except Unavailable as error:
-            if sent:  # whether the COMMIT arrived is not known, and the client must not be told that it did
-                raise Unavailable(f"{error}; the job may have been stored: look before you post it again") from error
-            raise
-        self._wake.set()
-        return [await self._answer(job, row, largest) for job, row in zip(batch, stored, strict=True)]
+            return [error] * len(batch)
+        return [why_not(job, kept, largest) for job in batch]
 
-    async def _answer(
-        self, job: NewJob, row: tuple[int, datetime] | None, largest: Mapping[str, int]
-    ) -> Job | Exception:
-        if row is not None:
-            return _stored(job, *row)
-        # No reason any more: a node where it fits has registered in between.
-        return refusal(job, largest) or (await self._store_together([job]))[0]
+
+def why_not(
+    job: NewJob, kept: Mapping[tuple[str, str], tuple[bytes, Job]], largest: Mapping[str, int]
+) -> Accepted | Exception:
+    """The answer to a submission that was not stored: the job that has its key, or why it cannot be."""
+    if job.key is not None and (found := kept.get((job.account, job.key))) is not None:
+        return replay(job, *found)
+    return refusal(job, largest) or Unavailable("a node where this job fits has just registered: post it again")
+
+
+def replay(job: NewJob, digest: bytes, found: Job) -> Accepted | Problem:
+    """The answer to a submission whose key is taken."""
+    if job.digest is not None and is_same(digest, job.digest):
+        return Accepted(found, replayed=True)
+    return Problem(
+        422, f"{HEADER} {job.key} of account {job.account} stands for another job, {found.job_id}: use a key once"
+    )
 
 
 def parts(batch: Sequence[NewJob]) -> Iterator[Sequence[NewJob]]:
@@ -117,10 +181,10 @@ def refusal(job: NewJob, largest: Mapping[str, int]) -> Problem | None:
     )
 
 
-def _stored(job: NewJob, job_id: int, submit_time: datetime) -> Job:
+def _stored(job: NewJob, row: jobs.Stored) -> Job:
     """What a SELECT would answer, without it."""
     return Job(
-        job_id=job_id,
+        job_id=row.job_id,
         state=State.PENDING,
         state_reason=Reason.NONE.value,
         state_description=None,
@@ -137,7 +201,7 @@ def _stored(job: NewJob, job_id: int, submit_time: datetime) -> Job:
         requeue=job.requeue,
         node=None,
         incarnation=None,
-        submit_time=submit_time,
+        submit_time=row.submit_time,
         allocate_time=None,
         start_time=None,
         end_time=None,

@@ -1,7 +1,8 @@
 -- Rowlock's whole schema: what an empty database gets. Existing databases follow through core/db/migrations/.
 --
 -- Lock order, kept by every transaction (core/db keeps it, this is the one place where it is written):
---   jobs by job_id  ->  pending  ->  allocations  ->  node_leases  ->  nodes; of the last two at most one row.
+--   idempotency_keys by account and key  ->  jobs by job_id  ->  pending  ->  allocations  ->  node_leases  ->  nodes;
+--   of the last two at most one row.
 -- The allocator alone takes several nodes, by name; jobs before them without waiting (SKIP LOCKED), and after them
 -- only rows that go with its jobs. So whoever holds a node waits for nothing but later nodes: no cycle can form.
 
@@ -114,7 +115,17 @@ CREATE TABLE job_specs (
     standard_error            text,            -- NULL: joins standard output
     comment                   text,
     cpus_per_task_given       boolean NOT NULL,
-    tasks_per_node_given      boolean NOT NULL
+    tasks_per_node_given      boolean NOT NULL,
+    submission                bigint NOT NULL   -- a random number of its statement, and its place in it: to be found by
+);
+
+-- What clients call their submissions, so that one sent twice is one job; kept as long as the job.
+CREATE TABLE idempotency_keys (
+    account text NOT NULL,
+    key     text NOT NULL,
+    job_id  bigint NOT NULL,
+    digest  bytea NOT NULL,   -- of the job as it was asked for
+    PRIMARY KEY (account, key)
 );
 
 -- What waits, in its own narrow table: a pass walks the shapes that fit, in the order of submission.
