@@ -28,7 +28,7 @@ from services.worker.launch import describe_host
 from services.worker.node import Node, Run, Superseded, heartbeat_once
 from services.worker.recover import recover
 from services.worker.report import write_endings
-from services.worker.spool import Spool
+from services.worker.spool import Exit, Spool
 from services.worker.supervise import attempt
 from tests.builders import a_job, a_node, allocate, an_ending, finish, give, register, start, state_of, submit
 
@@ -621,14 +621,39 @@ async def test_a_worker_that_was_frozen_ends_it_before_postgres_answers(
     assert proc.now() - node.heard < 60
 
 
-class Signals:
-    """Stands where a script does, and keeps the signals that it would get."""
+class Killed:
+    """Stands where a script does that was killed, and keeps the signals that it would get."""
 
     def __init__(self) -> None:
         self.got: list[int] = []
 
+    async def wait(self) -> Exit:
+        return Exit(None, "KILL")
+
     def signal(self, number: int) -> None:
         self.got.append(number)
+
+    def members(self) -> list[int]:
+        return []
+
+    def kill_leftovers(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("requeue", [True, False])
+async def test_what_the_keeper_ended_while_the_worker_was_frozen_goes_back(
+    node: Node, connection: asyncpg.Connection, requeue: bool
+) -> None:
+    """Should it thaw before the scheduler has seen to that."""
+    run = await a_run(node, connection, requeue=requeue)
+    run.script = Killed()  # type: ignore[assignment]
+    assert (await attempt(node, run, structlog.get_logger())).state is State.FAILED
+    node.spool.write_silence(node.tag(run.spec))
+    ending = await attempt(node, run, structlog.get_logger())
+    assert ending.state is (State.PENDING if requeue else State.FAILED)
+    assert await write_endings(node, [ending]) == [True]
+    job = await job_of(connection, run.attempt)
+    assert (job.restart_cnt, job.exit_code) == (int(requeue), None)
 
 
 async def test_a_look_fences_what_was_started_elsewhere(
@@ -637,7 +662,7 @@ async def test_a_look_fences_what_was_started_elsewhere(
     """It ends at once: its grace period is over for long."""
     lost = await a_run(node, connection, requeue=True)
     kept = await a_run(node, connection)
-    lost.script, kept.script = Signals(), Signals()  # type: ignore[assignment]
+    lost.script, kept.script = Killed(), Killed()  # type: ignore[assignment]
     await silence(connection, REQUEUE)
     assert await watch.lose_once() == 1
     await register(connection, a_node("n2"))
