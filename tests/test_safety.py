@@ -300,6 +300,32 @@ async def roles(settings: Settings, folder: Path, *flags: str) -> AsyncIterator[
         await system.close()
 
 
+async def test_who_waits_can_be_stopped_at_any_instant(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the connection to an unsafe server is being closed, if anybody waits for that."""
+    closing = asyncio.Event()
+
+    async def close_slowly(connection: asyncpg.Connection, *, timeout: float | None = None) -> None:
+        closing.set()
+        await asyncio.sleep(3600)
+
+    async def refuse(*_: object) -> None:
+        raise UnsafeServer("for the test")
+
+    monkeypatch.setattr(asyncpg.Connection, "close", close_slowly)
+    monkeypatch.setattr(db, "check_safe", refuse)
+    with capture_logs() as logs:
+        task = asyncio.create_task(open_pool(settings, "api", 1))
+
+        async def waits() -> bool:
+            return bool(logs) or closing.is_set()
+
+        await until(waits, "the server is refused")
+        task.cancel()
+        async with asyncio.timeout(60):
+            await asyncio.wait((task,))
+    assert task.cancelled()
+
+
 async def test_scheduler_and_worker_name_it_in_one_line_and_take_it_when_told(
     server: EmbeddedPostgres, own: Settings, tmp_path: Path
 ) -> None:

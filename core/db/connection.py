@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -82,9 +83,21 @@ def application_name(role: str) -> str:
 
 async def connect(settings: Settings, role: str, **more: str) -> asyncpg.Connection:
     """Open one connection; `more` are server settings of its own."""
-    connection: asyncpg.Connection = await asyncpg.connect(**_options(settings, role, **more))
+    return await _opened(settings, **_options(settings, role, **more))
+
+
+_TYPES = "SELECT $1::int[], $2::bigint[], $3::bool[]"
+
+
+async def _opened(settings: Settings, *arguments: Any, **options: Any) -> asyncpg.Connection:
+    """Connect, hold the server to what it must be, and let asyncpg learn what types are: for this it asks, for 10 ms.
+
+    Not as a pool's `init`: to close a connection that fails there, asyncpg waits, and a cancellation of that is lost.
+    """
+    connection: asyncpg.Connection = await asyncpg.connect(*arguments, **options)
     try:
         await check_safe(connection, settings)
+        await connection.fetch(_TYPES, [], [], [])
     except BaseException:
         connection.terminate()
         raise
@@ -98,15 +111,15 @@ async def open_pool(settings: Settings, role: str, size: int, **more: str) -> Po
     """
     log = structlog.get_logger()
     said = ""
-    options = {**_options(settings, role, **more), "max_inactive_connection_lifetime": 0}
-
-    async def begin(connection: Connection) -> None:
-        await check_safe(connection, settings)
-        await _learn_types(connection)
+    options = {
+        **_options(settings, role, **more),
+        "connect": partial(_opened, settings),
+        "max_inactive_connection_lifetime": 0,
+    }
 
     while True:
         try:
-            return await asyncpg.create_pool(**options, min_size=1, max_size=size, init=begin, reset=_keep)
+            return await asyncpg.create_pool(**options, min_size=1, max_size=size, reset=_keep)
         except CONNECTION_ERRORS as error:
             problem = describe(error)
             if problem != said:
@@ -114,14 +127,6 @@ async def open_pool(settings: Settings, role: str, size: int, **more: str) -> Po
                 log.warning(event, address=without_secrets(settings.postgres_dsn), error=problem)
                 said = problem
             await asyncio.sleep(RETRY_SECONDS)
-
-
-_TYPES = "SELECT $1::int[], $2::bigint[], $3::bool[]"
-
-
-async def _learn_types(connection: Connection) -> None:
-    """Let asyncpg ask what these types are: it does so once a connection, for 10 ms, at the first that it meets."""
-    await connection.fetch(_TYPES, [], [], [])
 
 
 _SAFETY = "SELECT current_setting('fsync'), current_setting('full_page_writes'), pg_is_in_recovery()"
@@ -171,7 +176,6 @@ class Line:
         """The connection, for one user at a time."""
         if self._connection is None or self._connection.is_closed():
             self._connection = await connect(self._settings, self._role, **self._more)
-            await _learn_types(self._connection)
         try:
             yield self._connection
         except (ValueError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError):
