@@ -4,7 +4,6 @@ import ctypes
 import os
 import platform
 import pwd
-import re
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from typing import Literal
 
 from services.cli.doctor.finding import Finding, fault, ok, warning
 from services.cli.doctor.mounts import Mount, mounts
-
-OLDEST_LINUX = (5, 3)  # pidfd_open, and waiting on one
 
 # The worker's tag (services/worker/proc.py); the same number on x86-64 and arm64.
 _RLIMIT_LOCKS = 10
@@ -60,8 +57,6 @@ def judge(node: Node) -> list[Finding]:
 
 
 def _kernel(node: Node) -> Finding:
-    if _numbers(node.release) < OLDEST_LINUX:
-        return fault("kernel", f"Linux {node.release} cannot wait for a job by its pidfd", "Linux 5.3 or later")
     if not node.pidfds:
         return fault("kernel", f"Linux {node.release}, and pidfd_open is refused", "a sandbox that allows it")
     return ok("kernel", f"Linux {node.release}, with pidfds")
@@ -133,7 +128,3 @@ def _user() -> str:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:  # a container's account without a name
         return str(os.geteuid())
-
-
-def _numbers(release: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", release)[:2]))

@@ -22,8 +22,8 @@ ROUND_TRIPS = 5
 FAR_SECONDS = 0.02
 CLOCK_SECONDS = 1.0
 
-CONNECTIONS: Mapping[str, int] = {"api": 9, "scheduler": 5, "worker": 4}
-"""What a process of each role opens at most: its pools, and the scheduler's LISTEN connection."""
+CONNECTIONS: Mapping[str, int] = {"api": 10, "scheduler": 4, "worker": 4}
+"""What a process of each role keeps open at most: its pool, its lines, and the scheduler's LISTEN connection."""
 
 
 @dataclass(frozen=True, slots=True)
