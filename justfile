@@ -49,6 +49,11 @@ dev-api:
 test *arguments: check
     {{kept}} {{run}} pytest --numprocesses=auto --dist=worksteal "$@"
 
+# Faults at random for some minutes under load, then a table: `just chaos --minutes 20 --seed 7`
+[positional-arguments]
+chaos *arguments:
+    {{run}} python -m tests.faults.chaos "$@"
+
 # Lint, format, types, and the direction of imports; changes nothing
 check:
     {{run}} ruff check

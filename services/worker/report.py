@@ -52,7 +52,8 @@ async def _written_before(connection: Connection, endings: Sequence[Ending]) -> 
     found = set()
     for ending in endings:
         job = await jobs.get(connection, ending.job_id)
-        told = (ending.attempt, ending.state, ending.exit_code, ending.signal)
+        how = (None, None) if ending.state is State.PENDING else (ending.exit_code, ending.signal)
+        told = (ending.attempt, ending.state, *how)
         if job is not None and (job.attempt, job.state, job.exit_code, job.signal) == told:
             found.add(Attempt(ending.job_id, ending.attempt))
     return found

@@ -1,0 +1,1 @@
+"""Faults on real roles and real servers, and what is held against every invariant afterwards."""

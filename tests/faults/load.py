@@ -1,0 +1,168 @@
+"""Clients that never stop: submit, wait, now and then cancel or read, and remember everything that they were told."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import aiohttp
+
+from core.states import FINAL
+from tests.faults import ledger
+from tests.faults.cluster import Cluster
+from tests.faults.evidence import Cancel, Sent
+from tests.faults.jobs import Wanted, any_of
+
+JOBS = "/api/v1/jobs"
+REQUEST_SECONDS = 20.0
+RETRY_SECONDS = 0.2
+POLL_SECONDS = (0.05, 0.8)
+CANCELLED, READ = 0.12, 0.15
+"""Of how many jobs a cancel is asked for, and the output read."""
+
+_FINAL = frozenset(state.value for state in FINAL)
+
+Answer = tuple[int, Any]
+"""Status and document, or bytes; the status is 0 when the answer did not come."""
+
+
+@dataclass(slots=True)
+class Load:
+    """The clients of a run. Made by `loading`."""
+
+    cluster: Cluster
+    luck: Random
+    session: aiohttp.ClientSession
+    make: Callable[[str, Random], Wanted] = any_of
+    sent: list[Sent] = field(default_factory=list)
+    in_flight: Counter[str] = field(default_factory=Counter)
+    """Requests that wait for an answer, by API."""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set with every request that writes, as it goes out; to be cleared by whoever waits for one."""
+    named: int = 0
+    stopping: bool = False
+
+    async def client(self) -> None:
+        """One client: job after job until told to stop."""
+        while not self.stopping:
+            await self.one()
+
+    async def one(self, wanted: Wanted | None = None) -> Sent:
+        """One job, from its submission to its end."""
+        sent = await self.submit(wanted)
+        if sent.job_ids:
+            await self.follow(sent)
+        return sent
+
+    def new_name(self) -> str:
+        """The name of the next job."""
+        self.named += 1
+        return f"{self.cluster.token}-{self.named}"
+
+    async def submit(self, wanted: Wanted | None = None) -> Sent:
+        """Submit, with one key, until that is answered."""
+        sent = Sent(wanted or self.make(self.new_name(), self.luck))
+        self.sent.append(sent)
+        body = {"job": sent.wanted.document(str(self.cluster.ledger)), "script": sent.wanted.script}
+        while True:
+            status, document = await self.ask("POST", JOBS, body, {"Idempotency-Key": sent.name})
+            if status in (200, 201):
+                sent.job_ids.add(document["job_id"])
+                return sent
+            if status not in (0, 503):
+                sent.refused = f"{status} {document}"
+                return sent
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def follow(self, sent: Sent) -> None:
+        """See a job to its end; some are cancelled on the way, and of some the output is read."""
+        [job_id] = sent.job_ids
+        cancelling = None
+        if self.luck.random() < CANCELLED:
+            cancelling = asyncio.create_task(self.cancel(sent, self.luck.choice((0.0, 0.02, 0.5, 2.0))))
+        try:
+            await self.over(sent)
+            if self.luck.random() < READ:
+                sent.output = await self._output(job_id)
+                await self.over(sent)  # and it is left as it was
+        finally:
+            if cancelling is not None:
+                cancelling.cancel()
+                await asyncio.gather(cancelling, return_exceptions=True)
+
+    async def over(self, sent: Sent) -> None:
+        """Wait for its end, and note it."""
+        [job_id] = sent.job_ids
+        pause = POLL_SECONDS[0]
+        while True:
+            status, job = await self.ask("GET", f"{JOBS}/{job_id}")
+            if status == 200 and job["state"] in _FINAL:
+                sent.ends.append((job["state"], job["exit_code"], job["signal"]))
+                return
+            if status == 404:
+                return  # accepted, and not there: the verdict will say so
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, POLL_SECONDS[1])
+
+    async def cancel(self, sent: Sent, after: float = 0.0) -> None:
+        """Cancel it after some seconds, until that is answered."""
+        [job_id] = sent.job_ids
+        await asyncio.sleep(after)
+        while True:
+            status, job = await self.ask("DELETE", f"{JOBS}/{job_id}")
+            if status in (200, 202):
+                sent.cancels.append(Cancel(job["state"], job["attempt"], ledger.size(self.cluster.ledger)))
+                return
+            if status not in (0, 503):
+                return
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _output(self, job_id: int) -> bytes | None:
+        """What is served of it; None when its node is not there to tell."""
+        status, output = await self.ask("GET", f"{JOBS}/{job_id}/logs")
+        return output if status == 200 and isinstance(output, bytes) else None
+
+    async def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """Ask one of the APIs."""
+        role = self.luck.choice(self.cluster.of("api"))
+        self.in_flight[role.name] += 1
+        if method != "GET":
+            self.asked.set()
+        try:
+            async with self.session.request(method, role.address + path, json=body, headers=headers) as answer:
+                if "json" in answer.content_type:
+                    return answer.status, await answer.json(content_type=None)
+                return answer.status, await answer.read()
+        except (aiohttp.ClientError, OSError):
+            return 0, None
+        finally:
+            self.in_flight[role.name] -= 1
+
+
+@asynccontextmanager
+async def loading(
+    cluster: Cluster,
+    luck: Random,
+    *,
+    clients: int = 0,
+    make: Callable[[str, Random], Wanted] = any_of,
+) -> AsyncIterator[Load]:
+    """So many clients at work, until the end of the block; then they see their jobs to the end."""
+    timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        load = Load(cluster, luck, session, make)
+        tasks = [asyncio.create_task(load.client()) for _ in range(clients)]
+        try:
+            yield load
+            load.stopping = True
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.gather(*tasks, return_exceptions=True)

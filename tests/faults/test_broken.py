@@ -1,0 +1,44 @@
+"""Every scenario is clean on the product as it is, and each defect is found by one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.faults.broken import DEFECTS
+from tests.faults.scenarios import SCENARIOS, played
+
+pytestmark = pytest.mark.anyio
+
+
+# Those that take a moment; the others are for the long tier.
+BRIEF = ("group-alone", "exit-of-another-parent", "acknowledge-first", "answered-before-durable")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SCENARIOS)
+async def test_nothing_is_broken(name: str, tmp_path: Path) -> None:
+    assert {column: texts for column, texts in (await played(name, tmp_path)).items() if texts} == {}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in BRIEF else pytest.param(name, marks=pytest.mark.long) for name in DEFECTS]
+)
+async def test_a_defect_is_found(name: str, tmp_path: Path) -> None:
+    found = await played(DEFECTS[name].scenario, tmp_path, name)
+    print(found)
+    assert any(found.values())
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_defect_fits_the_product(name: str) -> None:
+    """The text that it replaces is there; else roles would not start, and what is found would not be the defect."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            DEFECTS[name].put()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
