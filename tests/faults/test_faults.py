@@ -15,7 +15,7 @@ from tests.faults.record import Record
 from tests.faults.run import Run, running
 from tests.system import PATIENCE
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.long]
 
 CLIENTS = 8
 TRIES = 20
