@@ -11,6 +11,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
+from core import crash
 from core.records import Attempt, Dispatch
 from core.settings import Settings
 
@@ -105,6 +106,7 @@ class Reader:
         block = None if replaying else BLOCK_MS
         pipeline.xreadgroup(GROUP, self._node, {self._stream: start}, count=limit, block=block)
         *_, answer = await pipeline.execute()
+        crash.here("worker.acknowledged")
         entries = [entry for _, entries in _pairs(answer) for entry in entries]
         self._replay = replaying and bool(entries)
         messages = [(entry_id, _parse(entry_id, fields)) for entry_id, fields in entries]

@@ -6,7 +6,7 @@ import asyncpg
 import structlog
 from aiohttp import web
 
-from core import streams
+from core import crash, streams
 from core.db import allocations, jobs
 from core.db.connection import Connection, describe
 from core.errors import Unavailable
@@ -31,6 +31,7 @@ async def cancel_job(request: web.Request) -> web.Response:
         await _check_body(request)
     api, job_id = state.of(request), job_id_of(request)
     job = await _cancel(api, job_id)
+    crash.here("api.cancelled")
     if job.state is State.RUNNING:
         await hint(api, Dispatch(job.job_id, job.attempt, job.node or ""))
     return rendering.answer(rendering.job_document(job), 200 if job.state in FINAL else 202)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import asyncpg
 import structlog
 
+from core import crash
 from core.batch import Batcher
 from core.db import jobs, nodes
 from core.db.connection import RETRY_SECONDS, end_backend, is_refusal
@@ -71,7 +72,9 @@ class Submitter:
         return [result for job in part for result in await self._store_part([job])]
 
     async def _store_together(self, batch: Sequence[NewJob]) -> list[Accepted | Exception]:
+        crash.here("api.read")
         stored = await self._insert(batch)
+        crash.here("api.stored")
         self._wake.set()
         left = [job for job, row in zip(batch, stored, strict=True) if row is None]
         others = iter(await self._why_not(left) if left else ())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import structlog
 
+from core import crash
 from core.db import allocations, nodes, pending
 from core.db.connection import Line, Pool
 from core.policy import plan
@@ -26,7 +27,9 @@ async def allocate_once(database: Line | Pool) -> list[Dispatch]:
         placements = plan(waiting, free)[:BATCH]
         if not placements:
             return []
+        crash.here("scheduler.decided")
         placed = await allocations.place(connection, placements)
+        crash.here("scheduler.placed")
     log = structlog.get_logger()
     for job in placed:
         log.info("job_allocated", job_id=job.job_id, attempt=job.attempt, node=job.node, cpus=job.cpus)

@@ -2,7 +2,7 @@
 
 import redis.asyncio as redis
 
-from core import streams
+from core import crash, streams
 from core.db import allocations
 from core.db.connection import Pool
 from core.records import Dispatch
@@ -36,6 +36,7 @@ async def dispatch_once(outbox: Outbox, client: redis.Redis) -> int:
     taken = outbox.take()
     if taken:
         await streams.publish(client, "run", taken)
+        crash.here("scheduler.published")
     return len(taken)
 
 

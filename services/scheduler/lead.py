@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import asyncpg
 import structlog
 
+from core import crash
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, WAKE_CHANNEL, check_safe, connect, describe
 from core.settings import Settings
 from core.wakeup import Wakeup
@@ -59,6 +60,7 @@ async def _lead_on(
             standing_by = True
         await asyncio.sleep(STAND_BY_SECONDS)
     log.info("scheduler_leads")
+    crash.here("scheduler.leads")
     wake.set()  # whatever was said while nobody listened
     async with asyncio.TaskGroup() as group:
         group.create_task(_probe(connection, settings))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from core import crash
 from core.db import allocations, jobs
 from core.db.connection import CONNECTION_ERRORS
 from core.records import Attempt
@@ -19,10 +20,12 @@ Begin = Callable[[Run], None]
 async def consume_once(node: Node, reader: Reader, begin: Begin) -> int:
     """Read the stream, start what it speaks of, and acknowledge after that commit."""
     messages = await reader.read(BATCH)
+    crash.here("worker.read")
     try:
         await start(node, [message.attempt for message in messages if message.kind == "run"], begin)
         if any(message.kind == "cancel" for message in messages):
             node.look.set()
+        crash.here("worker.launched")
         reader.done([message.entry_id for message in messages])
     except BaseException:
         reader.replay()
@@ -41,6 +44,7 @@ async def start(node: Node, attempts: Sequence[Attempt], begin: Begin) -> None:
             except CONNECTION_ERRORS:
                 node.look.set()  # the commit may have happened: the tables know
                 raise
+        crash.here("worker.started")
         for spec in specs:
             begin(Run(spec))
 

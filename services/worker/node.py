@@ -12,7 +12,7 @@ from pathlib import Path
 import asyncpg
 import structlog
 
-from core import __version__
+from core import __version__, crash
 from core.db import nodes, schema
 from core.db.connection import CONNECTION_ERRORS, PLANNED_ONCE, RETRY_SECONDS, Line, Pool, describe, open_pool
 from core.errors import NodeNameTaken, SettingsError
@@ -169,6 +169,7 @@ async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExit
     stack.push_async_callback(server.stop)
     spec = describe_node(settings, host, await server.start(), secret)
     incarnation, asked = await register(pool, spec, settings)
+    crash.here("worker.registered")
     await hold_spool(spool, settings.node_name, 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS)
     claims, reports = (Line(settings, "worker", **PLANNED_ONCE) for _ in range(2))
     stack.callback(claims.close)

@@ -6,6 +6,7 @@ from functools import partial
 
 import structlog
 
+from core import crash
 from core.db import allocations, jobs
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, describe
 from core.loss import MARGIN
@@ -44,6 +45,7 @@ async def recover(node: Node, begin: Begin) -> bool:
         node.spool.begin_boot()
     for run in runs:
         begin(run)
+    crash.here("worker.recovered")
     await _end_stale(node, {run.attempt for run in runs})
     _tidy(node, specs)
     return True

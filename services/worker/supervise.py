@@ -8,6 +8,7 @@ from dataclasses import replace
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from core import crash
 from core.batch import Batcher
 from core.db.connection import CONNECTION_ERRORS
 from core.records import Ending, JobSpec
@@ -36,11 +37,14 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
     if not ending.ran:
         with suppress(*CONNECTION_ERRORS):
             await health.look_once(node)  # first: or the job would be placed here again at once
+    crash.here("worker.ended")
     ended = not run.fenced and await report.do(ending)
+    crash.here("worker.reported")
     if run.script is not None:
         run.script.forget()
     if run.verdict is not None:
         node.spool.remove_records(node.tag(spec))
+    crash.here("worker.forgotten")
     with suppress(OSError):  # a disk that takes no changes; the next worker tries again
         node.scripts.remove(spec.job_id, spec.attempt)
     node.end(run)
@@ -60,6 +64,7 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
     if run.script is None:
         try:
             run.script = await _start(node, run.spec)
+            crash.here("worker.spawned")
             log.info("job_started", name=run.spec.name, account=run.spec.account, cpus=run.spec.cpus)
             node.trouble_seconds = FIRST_TROUBLE_SECONDS
         except (process.LaunchShortage, OSError) as error:
@@ -71,6 +76,7 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
         if verdict is not None:
             run.verdict = verdict
             _note(node, verdict)
+            crash.here("worker.noted")
             await process.end(run.script, node.settings.kill_grace_seconds)
         await process.sweep(run.script)
         exit_ = await run.script.wait()
@@ -118,8 +124,10 @@ async def _start(node: Node, spec: JobSpec) -> process.Process:
         stderr = places.output(paths.standard_error, append=append)
         if spec.requeue:
             node.spool.grant(node.tag(spec))
+            crash.here("worker.granted")
         # Last: from here to the start lies what a worker that is killed cannot tell from a script that ran.
         script = node.scripts.write(spec.job_id, spec.attempt, spec.script)
+        crash.here("worker.written")
         command, environment = command_and_environment(node.host, spec, paths, script)
         return await process.start(
             command,

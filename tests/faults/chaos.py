@@ -49,7 +49,7 @@ async def chaos(options: argparse.Namespace, folder: Path, record: Record) -> di
             loading(found, Random(f"{seed} load"), clients=CLIENTS) as load,
             running(found, load, record, Random(f"{seed} looks")) as run,
         ):
-            possible = [kind for kind in KINDS.values() if kind.impossible() is None]
+            possible = [kind for kind in KINDS.values() if kind.impossible() is None and wanted(kind, options.only)]
             faults = [asyncio.create_task(_again_and_again(run, kind, seed)) for kind in possible]
             await _wait(options.minutes * 60, run, faults)
             await _stop(faults)
@@ -68,6 +68,11 @@ async def chaos(options: argparse.Namespace, folder: Path, record: Record) -> di
         texts={column: texts[:MOST_SAID] for column, texts in broken.items()},
     )
     return broken
+
+
+def wanted(kind: Kind, only: list[str] | None) -> bool:
+    """Whether it is among those that were asked for."""
+    return only is None or any(text in kind.name for text in only)
 
 
 async def _again_and_again(run: Run, kind: Kind, seed: int) -> None:
@@ -111,6 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=randrange(10**6), metavar="S")
     parser.add_argument("--record", type=Path, metavar="FILE", help=f"default: one below {CHAOS}")
     parser.add_argument("--break", dest="broken", metavar="NAME", help="put one defect in place, to see it found")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="only kinds with this in their name; several")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder for everything, which is not removed")
     return parser.parse_args()
 
@@ -120,7 +126,8 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "command": f"just chaos --minutes {options.minutes:g} --seed {options.seed}"
-        + (f" --break {options.broken}" if options.broken else ""),
+        + (f" --break {options.broken}" if options.broken else "")
+        + "".join(f" --only '{text}'" for text in options.only or ()),
         "seed": options.seed,
         "version": __version__,
         "python": platform.python_version(),

@@ -9,6 +9,7 @@ import errno
 import functools
 import glob
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from tests.faults.evidence import Loss, Silence
 from tests.faults.record import Struck
 from tests.faults.run import Run
 from tests.faults.wires import WRITES
+from tests.system import ROOT
 
 Strike = Callable[[Run], Awaitable[Struck | None]]
 
@@ -193,6 +195,79 @@ async def kill_keeper_and_worker(run: Run) -> Struck | None:
     return Struck("keeper and worker killed (-9)", role.name, met)
 
 
+# The roles, killed between two effects
+
+POINTS = sorted(
+    point
+    for path in (*(ROOT / "core").rglob("*.py"), *(ROOT / "services").rglob("*.py"))
+    for point in re.findall(r'crash\.here\("(.+?)"\)', path.read_text(encoding="utf-8"))
+)
+"""The points of the product at which it can be made to end (core/crash.py), by role and what was done there."""
+
+POINT_SECONDS = 10.0
+KILLED = b"was killed by signal 9"
+
+
+def _at_a_point(name: str, every: float, role_kind: str) -> None:
+    @kind(name, every)
+    async def crash(run: Run) -> Struck | None:
+        """Met: the job, or the jobs of the node, that came to the point."""
+        point = run.luck.choice([point for point in POINTS if point.startswith(role_kind)])
+        return await crash_at(run, point, run.luck.choice((1, 1, 2, 5)))
+
+
+_at_a_point("worker killed at a named point", 40, "worker")
+_at_a_point("scheduler killed at a named point", 60, "scheduler")
+_at_a_point("API killed at a named point", 60, "api")
+
+
+async def crash_at(run: Run, point: str, passing: int = 1) -> Struck | None:
+    """Let a role end itself at a point; None when it did not come there."""
+    kind = point.partition(".")[0]
+    how = f"{point}:{passing}"
+    return await (_crash_worker(run, how) if kind == "worker" else _crash(run, kind, how))
+
+
+async def _crash_worker(run: Run, how: str) -> Struck | None:
+    """Its keeper starts it again, and there it ends again, until it is stopped and another one started."""
+    role = await _replaced(run, _a_worker(run), ROWLOCK_CRASH=how)
+    if role is None:
+        return None
+    said = run.cluster.folder / f"{role.name}.err"
+    await _within(POINT_SECONDS, lambda: KILLED in said.read_bytes())
+    deaths = said.read_bytes().count(KILLED)
+    met = await _on_node(run, role)
+    await run.cluster.retire(role)
+    run.replaced += 1
+    await run.cluster.add_worker(f"worker-{role.node}-{run.replaced}", role.node)
+    return Struck("worker killed at a named point", role.name, met, how) if deaths else None
+
+
+async def _crash(run: Run, kind: str, how: str) -> Struck | None:
+    """The next of its processes ends there, and the one after it does not."""
+    role = _one_of(run, run.cluster.of(kind))  # type: ignore[arg-type]
+    first = role.child
+    role.environment["ROWLOCK_CRASH"] = how
+    run.cluster.kill(role)
+    await _within(POINT_SECONDS, lambda: role.child is not first)
+    del role.environment["ROWLOCK_CRASH"]
+    armed = role.child
+    assert armed is not None
+    role.struck = True
+    ended = await armed.ended_within(POINT_SECONDS)
+    if not ended:
+        run.cluster.kill(role)
+        return None
+    return Struck(f"{'API' if kind == 'api' else kind} killed at a named point", role.name, {"jobs": 1}, how)
+
+
+async def _within(seconds: float, true: Callable[[], bool]) -> None:
+    """Wait until it is so, and no longer."""
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:  # noqa: ASYNC110 - what is waited for has no event
+        await asyncio.sleep(0.02)
+
+
 # The roles, stopped and frozen
 
 
@@ -293,7 +368,7 @@ async def _met_anywhere(run: Run) -> dict[str, int]:
     return {**found, "requests": sum(run.load.in_flight.values())}
 
 
-async def _crash(run: Run, name: str, how: str) -> Struck:
+async def _crash_postgres(run: Run, name: str, how: str) -> Struck:
     async with run.cluster.servers:
         await _a_moment(run)
         met = await _met_anywhere(run)
@@ -304,19 +379,19 @@ async def _crash(run: Run, name: str, how: str) -> Struck:
 @kind("PostgreSQL killed (-9)", 75)
 async def kill_postgres(run: Run) -> Struck:
     """Met: the attempts anywhere, and the requests in flight. Every process of the server at once."""
-    return await _crash(run, "PostgreSQL killed (-9)", "kill")
+    return await _crash_postgres(run, "PostgreSQL killed (-9)", "kill")
 
 
 @kind("PostgreSQL stopped (immediate)", 150)
 async def stop_postgres(run: Run) -> Struck:
     """Met: as when it is killed."""
-    return await _crash(run, "PostgreSQL stopped (immediate)", "immediate")
+    return await _crash_postgres(run, "PostgreSQL stopped (immediate)", "immediate")
 
 
 @kind("PostgreSQL backend killed (-9)", 150)
 async def kill_backend(run: Run) -> Struck:
     """Met: as when it is killed; the server ends all of its other processes, and recovers."""
-    return await _crash(run, "PostgreSQL backend killed (-9)", "backend")
+    return await _crash_postgres(run, "PostgreSQL backend killed (-9)", "backend")
 
 
 def _lose(name: str, every: float, role_kind: str) -> None:
@@ -381,49 +456,50 @@ return entries
 """
 
 
-async def _when_something_is_on_its_way(run: Run, *command: str) -> int:
-    """Do it at an instant at which streams hold entries; answer how many."""
+async def _when_something_is_on_its_way(run: Run, *command: str) -> dict[str, int]:
+    """Do it at an instant at which streams hold entries and jobs wait for theirs; answer how many, or nothing."""
     client = run.cluster.redis_client()
     keys = [streams.stream_of(node) for node in run.cluster.nodes]
     try:
         for _ in range(TRIES):
+            starting = (await run.states()).get("CONFIGURING", 0)
             try:
-                if entries := await client.eval(_STREAMS_THEN, len(keys), *keys, *command):
-                    return int(entries)
+                if starting and (entries := await client.eval(_STREAMS_THEN, len(keys), *keys, *command)):
+                    return {"CONFIGURING": starting, "entries": int(entries)}
             except (RedisError, OSError):
-                return 0
+                return {}
             await asyncio.sleep(TRY_SECONDS)
     finally:
         await client.aclose()
-    return 0
+    return {}
 
 
 @kind("Redis emptied (FLUSHALL)", 30)
 async def flush_redis(run: Run) -> Struck | None:
-    """Met: the entries in the nodes' streams, each of a job that starts."""
+    """Met: the jobs that are placed and have not started, and the entries in the streams that speak of them."""
     async with run.cluster.servers:
-        entries = await _when_something_is_on_its_way(run, "FLUSHALL")
-    return Struck("Redis emptied (FLUSHALL)", "redis", {"entries": entries}) if entries else None
+        met = await _when_something_is_on_its_way(run, "FLUSHALL")
+    return Struck("Redis emptied (FLUSHALL)", "redis", met) if met else None
 
 
 @kind("Redis killed (-9), its data gone", 75)
 async def lose_redis(run: Run) -> Struck | None:
-    """Met: the entries in the streams an instant before, or else the jobs that wait or start."""
+    """Met: as when it is emptied, an instant before."""
     async with run.cluster.servers:
-        entries = await _when_something_is_on_its_way(run, "PING")
+        met = await _when_something_is_on_its_way(run, "PING")
         await run.cluster.restart_redis(old=b"")
-    return Struck("Redis killed (-9), its data gone", "redis", {"entries": entries})
+    return Struck("Redis killed (-9), its data gone", "redis", met)
 
 
 @kind("Redis restarted from old data", 100)
 async def age_redis(run: Run) -> Struck | None:
-    """Met: the entries in the streams an instant before. What comes back are entries and a group of some time ago."""
+    """Met: as when it is emptied, an instant before. What comes back are entries and a group of some time ago."""
     async with run.cluster.servers:
-        entries = await _when_something_is_on_its_way(run, "PING")
+        met = await _when_something_is_on_its_way(run, "PING")
         saved = await _saved(run)
         await run.cluster.restart_redis(old=run.snapshot or saved)
         run.snapshot = saved or run.snapshot
-    return Struck("Redis restarted from old data", "redis", {"entries": entries})
+    return Struck("Redis restarted from old data", "redis", met)
 
 
 async def _saved(run: Run) -> bytes:
@@ -440,11 +516,11 @@ async def _saved(run: Run) -> bytes:
 
 @kind("consumer group dropped", 60)
 async def drop_group(run: Run) -> Struck | None:
-    """Met: the entries in the streams."""
+    """Met: as when all of it is emptied."""
     stream = streams.stream_of(_a_worker(run).node)
     async with run.cluster.servers:
-        entries = await _when_something_is_on_its_way(run, "XGROUP", "DESTROY", stream, streams.GROUP)
-    return Struck("consumer group dropped", stream, {"entries": entries}) if entries else None
+        met = await _when_something_is_on_its_way(run, "XGROUP", "DESTROY", stream, streams.GROUP)
+    return Struck("consumer group dropped", stream, met) if met else None
 
 
 _PLACED = """

@@ -160,10 +160,11 @@ class Run:
 
 
 def _output_of(cluster: Cluster, job_id: int) -> bytes:
-    """What its nodes have of its output, in whatever spool it lies."""
+    """What its nodes have of its output, in whatever spool it lies, in the order in which it was written."""
     name = f"jobs/{job_id}/slurm-{job_id}.out"
     parts = [*cluster.folder.glob(f"*/{name}"), *(disk.seen(disk.folder) / name for disk in cluster.disks.values())]
-    return b"".join(path.read_bytes() for path in sorted(parts) if path.exists())
+    there = sorted((path for path in parts if path.exists()), key=lambda path: path.stat().st_mtime)
+    return b"".join(path.read_bytes() for path in there)
 
 
 def _name_of(pid: int, cluster: Cluster) -> str | None:
