@@ -7,7 +7,7 @@ from functools import partial
 import structlog
 
 from core import crash
-from core.db import allocations, jobs
+from core.db import allocations, jobs, nodes
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, describe
 from core.loss import MARGIN
 from core.records import Attempt, JobSpec
@@ -59,12 +59,16 @@ async def _running(node: Node) -> list[JobSpec]:
             async with node.pool.acquire() as connection:
                 held = await allocations.of_node(connection, node.name)
                 attempts = [Attempt(h.job_id, h.attempt) for h in held if h.state is State.RUNNING]
-                return await jobs.running(connection, attempts, node=node.name, incarnation=node.incarnation)
+                specs = await jobs.running(connection, attempts, node=node.name, incarnation=node.incarnation)
+                # Asked last: a worker that was replaced before finds nothing, and would take all that runs for stale.
+                if await nodes.is_current(connection, node.name, node.incarnation):
+                    return specs
+            node.beat.set()  # the heartbeat ends this worker
         except CONNECTION_ERRORS as error:
             if (problem := describe(error)) != said:
                 log.warning("recovery_waits", error=problem)
                 said = problem
-            await asyncio.sleep(RETRY_SECONDS)
+        await asyncio.sleep(RETRY_SECONDS)
 
 
 def _leaders() -> dict[int, list[Leader]]:

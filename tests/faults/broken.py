@@ -164,6 +164,13 @@ DEFECTS: dict[str, Defect] = {
         lambda: _code(recover, "_taken_over", "if candidates:", "if False:"),
         "a_script_ends_under_another_worker",
     ),
+    "recover-when-replaced": Defect(
+        "a worker that was replaced takes what it may not read any more for gone",
+        lambda: _code(
+            recover, "_running", "if await nodes.is_current(connection, node.name, node.incarnation):", "if 1:"
+        ),
+        "a_newer_worker_registers_while_one_recovers",
+    ),
     "lost-run-again": Defect(
         "what may have run is run again",
         lambda: _code(recover, "_taken_over", "if why := _why_it_may_have_run(", "if False and _why_it_may_have_run("),

@@ -214,7 +214,7 @@ async def an_end_of_an_earlier_worker_comes_late(run: Run) -> None:
     other.struck = True
     again = await run.cluster.add_worker("again", "n1")
     await _registers(run, again, incarnation + 1)
-    await other.postgres.mend()
+    await other.postgres.let_go()
 
 
 @scenario(settings={"lease_seconds": 1.0, "heartbeat_seconds": 0.2, "requeue_after": 6.0})
@@ -247,8 +247,24 @@ async def a_start_waits_for_its_commit(run: Run) -> None:
             run.findings.append("an entry was acknowledged before the start of its job was committed")
     finally:
         await client.aclose()
-    await role.postgres.mend()
+    await role.postgres.let_go()
     await says(run, sent, "start")
+
+
+@scenario(settings={"lease_seconds": 30.0, "heartbeat_seconds": 5.0, "requeue_after": 60.0})
+async def a_newer_worker_registers_while_one_recovers(run: Run) -> None:
+    """The older one does not know of it yet, reads what runs in its name, and finds nothing."""
+    [role] = run.cluster.of("worker")
+    sent = await a_job(run, sleeps(4, "leave 9"))
+    await says(run, sent, "start")
+    incarnation = await _incarnation(run)
+    os.kill(await _worker_of(run, role), signal.SIGKILL)
+    role.postgres.hold(jobs._RUNNING, alone=True)
+    await asyncio.wait_for(role.postgres.tripped.wait(), 20)
+    role.kept, role.struck = False, True
+    again = await run.cluster.add_worker("again", "n1")
+    await _registers(run, again, incarnation + 1)
+    await role.postgres.let_go()
 
 
 # Hints that never come: nothing polls here

@@ -30,7 +30,8 @@ class _Trap:
 
     statement: bytes
     fault: Fault | None
-    """None: everything is held up from then on."""
+    """None: it is held up, and everything with it, or it alone."""
+    alone: bool = False
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class Wires(Proxy):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self._waiting: _Trap | None = None
+        self._let_go = asyncio.Event()
         self._listening: set[_Wire] = set()
 
     def lose(self, statement: str, fault: Fault = Fault.CUT_AFTER) -> None:
@@ -68,10 +70,16 @@ class Wires(Proxy):
         self.tripped.clear()
         self._waiting = _Trap(statement.encode()[:SHOWN], fault)
 
-    def hold(self, statement: str) -> None:
-        """Fall silent as the next such write commits; it arrives with all the rest after `mend`."""
+    def hold(self, statement: str, *, alone: bool = False) -> None:
+        """Fall silent at the next such statement, on its connection `alone` or on all; it arrives after `let_go`."""
         self.tripped.clear()
-        self._waiting = _Trap(statement.encode()[:SHOWN], None)
+        self._let_go.clear()
+        self._waiting = _Trap(statement.encode()[:SHOWN], None, alone)
+
+    async def let_go(self) -> None:
+        """Let arrive what was held."""
+        self._let_go.set()
+        await self.mend()
 
     def keep(self) -> None:
         """Lose and hold nothing any more."""
@@ -104,9 +112,10 @@ class Wires(Proxy):
                     if trap.fault is not None:
                         self._spring(proxy._Trap(b"", trap.fault, away=False, times=1), wire, writer, data)
                         return
-                    self.silence()
+                    if not trap.alone:
+                        self.silence()
                     self.tripped.set()
-                    await self._heard.wait()
+                    await self._let_go.wait()
                 writer.write(data)
                 await writer.drain()
             writer.write_eof()
