@@ -1,7 +1,7 @@
 """The long tier: every kind of fault again and again, at instants that a seed chooses, under clients that never stop.
 
-`just chaos [--minutes N] [--seed S] [--record FILE] [--break NAME]`. It ends by itself, with the table; the exit code
-is 1 unless everything in it is 0.
+`just chaos [--minutes N] [--seed S] [--record FILE]`. It ends by itself, with the table; the exit code is 1 unless
+everything in it is 0. `just chaos --break NAME` puts a defect in place and plays the scenario that finds it.
 """
 
 import argparse
@@ -20,23 +20,35 @@ from time import monotonic
 from typing import Any
 
 from core import __version__
+from tests.faults.broken import DEFECTS
 from tests.faults.cluster import cluster
 from tests.faults.evidence import Evidence
 from tests.faults.faults import KINDS, Kind, no_disk_can_be_mounted
 from tests.faults.load import loading
 from tests.faults.record import Record, read
 from tests.faults.run import Run, running
+from tests.faults.scenarios import played
 from tests.faults.table import rendered, total
 from tests.faults.verdicts import judge
 
 NODES = {"n1": 8, "n2": 6, "n3": 4}
 SMALL = "n3"
 """The node with a small disk."""
+MINUTES = 5
 CLIENTS = 26
 RESTARTS = (0.0, 1.0)
 SAID_SECONDS = 60
 MOST_SAID = 20
 CHAOS = Path(".chaos")
+
+
+async def broken_on_purpose(options: argparse.Namespace, folder: Path, record: Record) -> dict[str, list[str]]:
+    """Play the scenario that finds a defect; what is broken, by column."""
+    defect = DEFECTS[options.broken]
+    say(f"{options.broken}: {defect.what}; played: {defect.scenario}")
+    broken = await played(defect.scenario, folder, options.broken)
+    _end(record, broken)
+    return broken
 
 
 async def chaos(options: argparse.Namespace, folder: Path, record: Record) -> dict[str, list[str]]:
@@ -51,7 +63,7 @@ async def chaos(options: argparse.Namespace, folder: Path, record: Record) -> di
         ):
             possible = [kind for kind in KINDS.values() if kind.impossible() is None and wanted(kind, options.only)]
             faults = [asyncio.create_task(_again_and_again(run, kind, seed)) for kind in possible]
-            await _wait(options.minutes * 60, run, faults)
+            await _wait((options.minutes or MINUTES) * 60, run, faults)
             await _stop(faults)
             await found.mend()
             load.stopping = True
@@ -61,13 +73,17 @@ async def chaos(options: argparse.Namespace, folder: Path, record: Record) -> di
         broken = judge(evidence)
         if not calm:
             broken["lost"].append(f"not over after all: {await _left(evidence)}")
+    _end(record, broken, jobs=len({line.attempt.job_id for line in evidence.lines}), submitted=len(evidence.sent))
+    return broken
+
+
+def _end(record: Record, broken: dict[str, list[str]], jobs: int = 0, submitted: int = 0) -> None:
     record.footer(
-        jobs=len({line.attempt.job_id for line in evidence.lines}),
-        submitted=len(evidence.sent),
+        jobs=jobs,
+        submitted=submitted,
         broken={column: len(texts) for column, texts in broken.items()},
         texts={column: texts[:MOST_SAID] for column, texts in broken.items()},
     )
-    return broken
 
 
 def wanted(kind: Kind, only: list[str] | None) -> bool:
@@ -112,10 +128,16 @@ def say(text: str) -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="just chaos", description="Faults at random, for some minutes.")
-    parser.add_argument("--minutes", type=float, default=5, metavar="N")
+    parser.add_argument("--minutes", type=float, metavar="N", help=f"default: {MINUTES}")
     parser.add_argument("--seed", type=int, default=randrange(10**6), metavar="S")
     parser.add_argument("--record", type=Path, metavar="FILE", help=f"default: one below {CHAOS}")
-    parser.add_argument("--break", dest="broken", metavar="NAME", help="put one defect in place, to see it found")
+    parser.add_argument(
+        "--break",
+        dest="broken",
+        choices=DEFECTS,
+        metavar="NAME",
+        help=f"put one defect in place, to see it found: {', '.join(DEFECTS)}; at random instants if --minutes is said",
+    )
     parser.add_argument("--only", action="append", metavar="TEXT", help="only kinds with this in their name; several")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="an empty folder for everything, which is not removed")
     return parser.parse_args()
@@ -125,7 +147,7 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
     """What a record's header says."""
     return {
         "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "command": f"just chaos --minutes {options.minutes:g} --seed {options.seed}"
+        "command": f"just chaos --minutes {options.minutes or MINUTES:g} --seed {options.seed}"
         + (f" --break {options.broken}" if options.broken else "")
         + "".join(f" --only '{text}'" for text in options.only or ()),
         "seed": options.seed,
@@ -148,7 +170,8 @@ def main() -> int:
         with path.open("w", encoding="ascii") as file:
             record = Record(file)
             record.header(**facts(options))
-            broken = asyncio.run(_until_told(chaos(options, folder, record)))
+            run = broken_on_purpose if options.broken and options.minutes is None else chaos
+            broken = asyncio.run(_until_told(run(options, folder, record)))
     finally:
         if options.keep is None:
             shutil.rmtree(folder, ignore_errors=True)

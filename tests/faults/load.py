@@ -19,6 +19,8 @@ from tests.faults.jobs import Wanted, any_of
 JOBS = "/api/v1/jobs"
 REQUEST_SECONDS = 20.0
 RETRY_SECONDS = 0.2
+SETTLE_SECONDS = 60.0
+"""What a client is given to see its last job to its end."""
 POLL_SECONDS = (0.05, 0.8)
 CANCELLED, READ = 0.12, 0.15
 """Of how many jobs a cancel is asked for, and the output read."""
@@ -160,7 +162,8 @@ async def loading(
         try:
             yield load
             load.stopping = True
-            await asyncio.gather(*tasks)
+            if tasks:
+                await asyncio.wait(tasks, timeout=SETTLE_SECONDS)
         finally:
             for task in tasks:
                 task.cancel()
