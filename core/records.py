@@ -116,6 +116,8 @@ class JobSpec:
     tasks_per_node_given: bool
     ours: bool = True
     """Whether the worker's own spool started it, so that the spool knows what became of it."""
+    incarnation: int = 0
+    """Of the worker that started it, for one that another worker finds."""
 
 
 @dataclass(frozen=True, slots=True)

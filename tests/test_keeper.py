@@ -244,6 +244,16 @@ async def test_a_script_that_takes_off_its_tag_is_not_run_twice(system: System) 
     assert (await system.api.logs(job_id)).count(b"up") == 1
 
 
+async def test_a_script_that_hid_in_every_way_and_ended_with_no_worker_there_is_not_run_twice(system: System) -> None:
+    """Its keeper saw that some script ended, and not which: nothing proves that this one was never started."""
+    hides = WAITS.replace("echo up", 'ulimit -S -x unlimited; touch "$0"; echo up')
+    job_id = await up(system, hides)
+    kill_worker(system)
+    let_go(system, job_id)  # long before the next worker is there
+    assert (await ended(system, job_id))[0] == "NODE_FAIL"
+    assert (await system.api.logs(job_id)).count(b"up") == 1
+
+
 async def test_two_nodes_need_two_spools(system: System) -> None:
     other = system.start("worker", "other", NODE_NAME="other", DATA_DIR=str(data_of(system)))
     assert await other.wait() == 2

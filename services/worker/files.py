@@ -37,6 +37,8 @@ _FOUND: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 SPARE: Final = "spare-"
 """How the names of files begin that were a script's, and will be another's."""
 MAX_SPARE: Final = 64
+MAX_PID: Final = 2**22
+"""No later than February of 1970, as a time of change."""
 
 
 class FileRefused(RowlockError):
@@ -197,6 +199,20 @@ def _closed_on_error(fd: int) -> Iterator[None]:
 def script_path(script_dir: Path, job_id: int, attempt: int) -> Path:
     """Where the script of an attempt lies while it runs."""
     return script_dir / _script_name(job_id, attempt)
+
+
+def mark_started(path: str, pid: int) -> None:
+    """Note on a script's file as which process it was started: its time of change, which needs no room."""
+    with suppress(OSError):  # then the first process that bears the attempt's tag is taken for it
+        os.utime(path, (pid, pid))
+
+
+def started_as(script_dir: Path, job_id: int, attempt: int) -> int | None:
+    """As which process a script was started; None when that is not known."""
+    with suppress(OSError):
+        when = int(script_path(script_dir, job_id, attempt).stat().st_mtime)
+        return when if 0 < when <= MAX_PID else None
+    return None
 
 
 def _script_name(job_id: int, attempt: int) -> str:

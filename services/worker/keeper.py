@@ -33,7 +33,7 @@ from typing import Final
 
 from services.worker import proc
 from services.worker.environment import MARK, tag_of_mark
-from services.worker.spool import Leader, Spool
+from services.worker.spool import UNKNOWN, Leader, Spool
 
 KEEPER_VARIABLE: Final = "ROWLOCK_KEEPER"
 """In the worker's environment: `PID:DESCRIPTOR`, the keeper and the pipe on which it wants the spool's path."""
@@ -248,11 +248,11 @@ class Keeper:
 
     def _recorded(self, pid: int, status: int) -> bool:
         """Write the record of a dead process that may be a script; False when it has to be tried again."""
-        stat, tag = proc.read_stat(pid), proc.read_tag(pid)
-        if stat is None or tag is None or stat.session != pid or self._spool is None:
+        stat = proc.read_stat(pid)
+        if stat is None or stat.session != pid or self._spool is None:
             return True
         try:
-            self._spool.write_record(tag, Leader(stat.start, pid), status)
+            self._spool.write_record(proc.read_tag(pid) or UNKNOWN, Leader(stat.start, pid), status)
         except OSError:
             return False
         return True
@@ -288,6 +288,11 @@ def tell(script_dir: Path) -> None:
         with suppress(BrokenPipeError):
             os.write(int(descriptor), os.fsencode(script_dir))
         os.close(int(descriptor))
+
+
+def pid() -> int:
+    """In a worker: its keeper, dead or alive."""
+    return _mine.pid
 
 
 def lives() -> bool:

@@ -19,7 +19,7 @@ from core.errors import NodeNameTaken, SettingsError
 from core.records import Attempt, Ending, JobSpec, NodeSpec
 from core.settings import Settings
 from core.wakeup import Wakeup
-from services.worker import proc
+from services.worker import keeper, proc
 from services.worker.environment import Host
 from services.worker.file_server import FileServer
 from services.worker.files import Scripts
@@ -118,6 +118,8 @@ class Node:
     """When the last heartbeat that PostgreSQL answered was sent, by `proc.now`."""
     roots: tuple[Path, ...]
     """The folders under which jobs may work and write."""
+    kept_since: int
+    """The first incarnation of those in a row whose scripts this worker's keeper has seen end, if they did."""
     runs: dict[Attempt, Run] = field(default_factory=dict)
     # A start and a look at the tables never overlap: a look taken before a start's commit knows nothing of it.
     claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -170,12 +172,13 @@ async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExit
     spec = describe_node(settings, host, await server.start(), secret)
     incarnation, asked = await register(pool, spec, settings)
     crash.here("worker.registered")
-    await hold_spool(spool, settings.node_name, 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS)
+    patience = 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS
+    kept_since = await hold_spool(spool, settings.node_name, incarnation, patience)
     claims, reports = (Line(settings, "worker", **PLANNED_ONCE) for _ in range(2))
     stack.callback(claims.close)
     stack.callback(reports.close)
     scripts = Scripts(spool.script_dir)
-    node = Node(settings, pool, claims, reports, host, spool, scripts, incarnation, asked, settings.roots)
+    node = Node(settings, pool, claims, reports, host, spool, scripts, incarnation, asked, settings.roots, kept_since)
     node.hear(asked)
     return node
 
@@ -209,19 +212,20 @@ def check_spool(spool: Spool, node: str) -> None:
         )
 
 
-async def hold_spool(spool: Spool, node: str, patience: float) -> None:
+async def hold_spool(spool: Spool, node: str, incarnation: int, patience: float) -> int:
     """Be the only worker of this spool for as long as this process lives: only its end gives the lock back.
 
     An older worker stops by itself once it hears of its successor. One that does not, frozen perhaps, is killed:
     until it is gone nobody can tell whether it starts something. Its jobs go on, under its keeper, which is told
-    not to start it again.
+    not to start it again. Answers since which incarnation this worker's keeper has kept them all.
     """
     deadline = asyncio.get_running_loop().time() + patience
-    while not spool.lock(node):
+    while (since := spool.lock(node, keeper.pid(), incarnation)) is None:
         if asyncio.get_running_loop().time() > deadline and (holder := spool.holder()) is not None:
             structlog.get_logger().warning("older_worker_killed", pid=holder.pid)
             spool.kill(holder)
         await asyncio.sleep(LOCK_PAUSE_SECONDS)
+    return since
 
 
 async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> tuple[int, float]:

@@ -12,11 +12,11 @@ from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, describe
 from core.loss import MARGIN
 from core.records import Attempt, JobSpec
 from core.states import State
-from services.worker import files, proc, process
+from services.worker import files, keeper, proc, process
 from services.worker.environment import MARK, mark, read_mark, tag_of_mark
 from services.worker.node import Node, Run
 from services.worker.process import Adopted
-from services.worker.spool import Leader
+from services.worker.spool import UNKNOWN, Leader
 
 Begin = Callable[[Run], None]
 
@@ -29,7 +29,7 @@ async def recover(node: Node, begin: Begin) -> bool:
 
     - whose process or record is there, is adopted;
     - that this spool was to start in this boot, and without a script file, has never been started: it is started
-      now, in the same attempt;
+      now, in the same attempt. So is one with a script file, if its worker's keeper would know of any process;
     - else may have run, and is not run again. What says so, its script file, stays until its end is committed.
 
     What is left of any other attempt is ended.
@@ -87,8 +87,9 @@ def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, 
     log = structlog.get_logger().bind(job_id=spec.job_id, attempt=spec.attempt, node=node.name)
     tag = node.tag(spec)
     candidates: list[Leader] = [*leaders.get(tag, []), *(node.spool.recorded(tag) if same_boot else [])]
-    if candidates:
-        leader = min(candidates)  # whatever else leads a session with this tag was begun by the script
+    started = files.started_as(node.spool.script_dir, spec.job_id, spec.attempt) if same_boot and spec.ours else None
+    if candidates or started is not None:
+        leader = _the_script(candidates, started)
         log.info("job_adopted", pid=leader.pid)
         script = Adopted(
             leader.pid,
@@ -108,14 +109,37 @@ def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, 
     return Run(spec)
 
 
+def _the_script(candidates: list[Leader], started: int | None) -> Leader:
+    """Which session leader is the script itself; it may be gone without a record, and what it began live on."""
+    if started is None:
+        return min(candidates)  # whatever else leads a session with this tag was begun by the script
+    return next((leader for leader in candidates if leader.pid == started), Leader(0, started))
+
+
 def _why_it_may_have_run(node: Node, spec: JobSpec, *, same_boot: bool) -> str | None:
     if not spec.ours:
         return "another worker of this node's name, with another SCRIPT_DIR, was running it"
     if not same_boot:
         return "the node was started anew"
-    if files.script_path(node.spool.script_dir, spec.job_id, spec.attempt).exists():
+    script = files.script_path(node.spool.script_dir, spec.job_id, spec.attempt)
+    if script.exists() and not _would_be_known(node, spec):
         return "its worker was killed, and it left neither process nor exit record"
     return None
+
+
+def _would_be_known(node: Node, spec: JobSpec) -> bool:
+    """Whether an attempt that left neither process nor record was never started: its worker died right before.
+
+    So it is when the keeper is the same one ever since: it reaps nothing without a record. But of a script that took
+    off its tag it cannot tell whose it was.
+    """
+    if spec.incarnation < node.kept_since or any(node.spool.recorded(UNKNOWN)):
+        return False
+    tag, kept = node.tag(spec), proc.children(keeper.pid())
+    dead = (pid for pid in kept if (stat := proc.read_stat(pid)) is not None and stat.dead and stat.session == pid)
+    return not any(proc.read_tag(pid) is None for pid in dead) and not any(
+        proc.read_tag(pid) == tag for pid in proc.all_pids()
+    )
 
 
 async def _end_stale(node: Node, current: set[Attempt]) -> None:
@@ -143,6 +167,8 @@ def _tidy(node: Node, specs: Iterable[JobSpec]) -> None:
         if path.name not in kept:
             path.unlink(missing_ok=True)
     tags = {node.tag(spec) for spec in specs}
+    if any(run.lost is not None for run in node.runs.values()):
+        tags.add(UNKNOWN)  # what says that they may have run, until their ends are committed
     for tag in node.spool.recorded_tags() - tags:
         node.spool.remove_records(tag)
     for tag in node.spool.granted_tags() - tags:

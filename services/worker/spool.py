@@ -5,7 +5,7 @@
     SCRIPT_DIR/job-7.1                     the script of attempt 1 of job 7, from before its start to after its end
     SCRIPT_DIR/.spool/id                   the identity of this directory
     SCRIPT_DIR/.spool/boot                 the boot (and PID namespace) that everything here belongs to
-    SCRIPT_DIR/.spool/lock                 held by the worker while it lives: its pid, its start, its node's name
+    SCRIPT_DIR/.spool/lock                 held by the worker while it lives: who it is, whose child, and since when
     SCRIPT_DIR/.spool/replaced/START-PID   a worker that its successor had to kill: its keeper is not to start it again
     SCRIPT_DIR/.spool/keepers/START-PID    a keeper; one that ends in order removes it
     SCRIPT_DIR/.spool/exits/TAG.START.PID  how a session leader with that tag ended, written before it is reaped
@@ -32,6 +32,8 @@ from core.states import Reason, State
 from services.worker import proc
 
 _FOLDER: Final = ".spool"
+UNKNOWN: Final = 0
+"""The tag that no attempt has: of a session leader that took its own off, whose it was nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,14 @@ class Leader:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The worker that holds a spool's lock."""
+    """The worker that holds a spool's lock, or held it last."""
 
     pid: int
     start: int
+    keeper: int
+    keeper_start: int
+    since: int
+    """The first incarnation of those in a row that had the lock as children of this keeper."""
     node: str
 
 
@@ -114,28 +120,39 @@ class Spool:
         """Whether a process is one of the keepers."""
         return any(path.name.endswith(f"-{pid}") and _lives(path.name) for path in (self.folder / "keepers").iterdir())
 
-    def lock(self, node: str) -> bool:
-        """Take the lock, for as long as this process lives; False when another worker has it."""
+    def lock(self, node: str, keeper: int, incarnation: int) -> int | None:
+        """Take the lock, for as long as this process lives; None when another worker has it.
+
+        Answers since which incarnation whoever had it was a child of the same keeper.
+        """
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            return False
-        stat = proc.read_stat(os.getpid())
+            return None
+        mine, kept, before = proc.read_stat(os.getpid()), proc.read_stat(keeper), self._last()
+        own = (keeper, kept.start) if kept and mine and mine.parent == keeper else (0, 0)
+        since = before.since if before and own[0] and own == (before.keeper, before.keeper_start) else incarnation
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()} {stat.start if stat else 0} {node}".encode(), 0)
-        return True  # the descriptor stays open
+        words = (os.getpid(), mine.start if mine else 0, *own, since, node)
+        os.pwrite(descriptor, " ".join(map(str, words)).encode(), 0)
+        return since  # the descriptor stays open
 
     def holder(self) -> "Holder | None":
         """The living worker that has the lock, if one has."""
+        found = self._last()
+        stat = proc.read_stat(found.pid) if found else None
+        return found if found and stat is not None and stat.start == found.start and not stat.dead else None
+
+    def _last(self) -> "Holder | None":
+        """Whoever had the lock last, alive or not."""
         try:
-            pid, start, node = (self.folder / "lock").read_text(encoding="utf-8").split(" ", 2)
+            *words, node = (self.folder / "lock").read_text(encoding="utf-8").split(" ", 5)
+            pid, start, keeper, keeper_start, since = map(int, words)
         except (FileNotFoundError, ValueError):
             return None
-        found = Holder(int(pid), int(start), node)
-        stat = proc.read_stat(found.pid)
-        return found if stat is not None and stat.start == found.start and not stat.dead else None
+        return Holder(pid, start, keeper, keeper_start, since, node)
 
     def kill(self, holder: "Holder") -> None:
         """Kill a worker that does not stop, and leave word for its keeper that it was replaced."""

@@ -129,7 +129,7 @@ async def _start(node: Node, spec: JobSpec) -> process.Process:
         script = node.scripts.write(spec.job_id, spec.attempt, spec.script)
         crash.here("worker.written")
         command, environment = command_and_environment(node.host, spec, paths, script)
-        return await process.start(
+        started = await process.start(
             command,
             env=environment,
             cwd=directory,
@@ -138,6 +138,8 @@ async def _start(node: Node, spec: JobSpec) -> process.Process:
             tag=node.tag(spec),
             mark=environment[MARK],
         )
+    files.mark_started(script, started.pid)
+    return started
 
 
 async def _wait(node: Node, run: Run, script: process.Script) -> Ending | None:

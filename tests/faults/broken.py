@@ -161,7 +161,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "living-called-lost": Defect(
         "a worker that comes back calls lost what it finds running",
-        lambda: _code(recover, "_taken_over", "if candidates:", "if False:"),
+        lambda: _code(recover, "_taken_over", "if candidates or started is not None:", "if False:"),
         "a_script_ends_under_another_worker",
     ),
     "recover-when-replaced": Defect(
@@ -170,6 +170,16 @@ DEFECTS: dict[str, Defect] = {
             recover, "_running", "if await nodes.is_current(connection, node.name, node.incarnation):", "if 1:"
         ),
         "a_newer_worker_registers_while_one_recovers",
+    ),
+    "daemon-taken-for-script": Defect(
+        "whatever leads a session of a job is taken for its script",
+        lambda: _code(recover, "_the_script", "if started is None:", "if candidates:"),
+        "a_daemon_outlives_its_script_and_their_keeper",
+    ),
+    "unstarted-called-lost": Defect(
+        "what was never started is called lost, though its keeper would know",
+        lambda: _code(recover, "_why_it_may_have_run", " and not _would_be_known(node, spec)", ""),
+        "a_worker_dies_right_before_a_process",
     ),
     "lost-run-again": Defect(
         "what may have run is run again",

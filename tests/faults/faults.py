@@ -26,6 +26,7 @@ from core import streams
 from core.records import Attempt
 from services.worker import proc
 from services.worker.spool import Spool
+from tests.faults import ledger
 from tests.faults.cluster import Cluster, Role, now, words_for
 from tests.faults.evidence import Loss, Silence
 from tests.faults.record import Struck
@@ -162,11 +163,21 @@ async def kill_keeper(run: Run) -> Struck | None:
         return None
     role.struck = True
     began = now()
-    kept = await _kept_by(run, role, keepers)
+    kept = await _kept_by(run, role, keepers) | await _unstarted(run, role)
     for pid in keepers:
         os.kill(pid, signal.SIGKILL)
     run.cluster.losses.append(Loss(role.node, began, now(), kept))
     return Struck("keeper killed (-9)", role.name, met)
+
+
+async def _unstarted(run: Run, role: Role) -> frozenset[Attempt]:
+    """What is RUNNING on a node and has not spoken: its worker may have died before it was started.
+
+    Only that worker's own keeper can tell so; without it, it may have run.
+    """
+    rows = await run.ask("SELECT job_id, attempt FROM jobs WHERE node = $1 AND state = 'RUNNING'", role.node)
+    started = {line.attempt for line in ledger.read(run.cluster.ledger) if line.word == "start"}
+    return frozenset(Attempt(*row) for row in rows) - started
 
 
 async def _kept_by(run: Run, role: Role, keepers: list[int]) -> frozenset[Attempt]:
@@ -237,6 +248,7 @@ async def _crash_worker(run: Run, how: str) -> Struck | None:
     await _within(POINT_SECONDS, lambda: KILLED in said.read_bytes())
     deaths = said.read_bytes().count(KILLED)
     met = await _on_node(run, role)
+    run.cluster.losses.append(Loss(role.node, now(), now(), await _unstarted(run, role)))
     await run.cluster.retire(role)
     run.replaced += 1
     await run.cluster.add_worker(f"worker-{role.node}-{run.replaced}", role.node)
@@ -280,6 +292,7 @@ async def stop_worker(run: Run) -> Struck | None:
     if role.struck or not role.child.alive:
         return None
     role.struck = True
+    run.cluster.losses.append(Loss(role.node, now(), now(), await _unstarted(run, role)))
     role.child.process.send_signal(signal.SIGTERM)
     return Struck("worker stopped (SIGTERM), started again", role.name, met)
 
@@ -297,6 +310,7 @@ async def _replaced(run: Run, old: Role, **environment: str | int) -> Role | Non
     if old.struck or old.child is None or not old.child.alive or not old.kept:
         return None
     old.kept, old.struck = False, True
+    run.cluster.losses.append(Loss(old.node, now(), now(), await _unstarted(run, old)))
     run.replaced += 1
     new = await run.cluster.add_worker(f"worker-{old.node}-{run.replaced}", old.node, **environment)
     await old.child.wait()

@@ -150,6 +150,35 @@ async def a_script_ends_with_nobody_to_tell(run: Run) -> None:
 
 
 @scenario()
+async def a_daemon_outlives_its_script_and_their_keeper(run: Run) -> None:
+    """Whoever could have told how the script ended was killed; what it left leads a session with its tag."""
+    [role] = run.cluster.of("worker")
+    name = run.load.new_name()
+    sent = await run.load.submit(Wanted(name, leaves_behind(name, "sleep 1\nleave 0")))
+    await says(run, sent, "child")
+    role.kept = False
+    _kill_keeper_and_worker(run, role)
+    await says(run, sent, "end")
+    await asyncio.sleep(0.1)  # it has said that it ends, and does
+    await run.cluster.add_worker("again", "n1")
+
+
+@scenario()
+async def a_worker_dies_right_before_a_process(run: Run) -> None:
+    """Its keeper lives, and has seen none: the script is started by the next worker, in the same attempt."""
+    [first] = run.cluster.of("worker")
+    incarnation = await _incarnation(run)
+    await run.cluster.retire(first)
+    armed = await run.cluster.add_worker("armed", "n1", ROWLOCK_CRASH="worker.written:2")
+    await _registers(run, armed, incarnation)
+    await says(run, await a_job(run, sleeps(3)), "start")
+    sent = await a_job(run, sleeps(0.1, "leave 5"))
+    await says(run, sent, "end")
+    if "was killed by signal 9" not in (run.cluster.folder / "armed.err").read_text():
+        run.findings.append("the worker did not die")
+
+
+@scenario()
 async def a_job_leaves_processes_behind(run: Run) -> None:
     """In a session of their own, with nothing in their environment, and in the job's own group."""
     name = run.load.new_name()
