@@ -244,7 +244,7 @@ class Cluster:
         if role.child.alive:
             role.child.process.send_signal(number)
         await role.child.stop((Step(number, 60),))
-        del self.roles[role.name]
+        self.roles.pop(role.name, None)
         await role.postgres.close()
         await role.redis.close()
 

@@ -70,7 +70,9 @@ def _one_of(run: Run, roles: list[Role]) -> Role:
 
 
 def _a_worker(run: Run) -> Role:
-    return _one_of(run, run.cluster.of("worker"))
+    """One that nobody replaces at this moment."""
+    workers = run.cluster.of("worker")
+    return _one_of(run, [role for role in workers if role.kept] or workers)
 
 
 async def _a_moment(run: Run) -> None:
@@ -248,6 +250,9 @@ async def _crash_worker(run: Run, how: str) -> Struck | None:
     await _within(POINT_SECONDS, lambda: KILLED in said.read_bytes())
     deaths = said.read_bytes().count(KILLED)
     met = await _on_node(run, role)
+    if not role.kept:  # somebody else replaces it
+        return Struck("worker killed at a named point", role.name, met, how) if deaths else None
+    role.kept = False
     run.cluster.losses.append(Loss(role.node, now(), now(), await _unstarted(run, role)))
     await run.cluster.retire(role)
     run.replaced += 1
@@ -617,20 +622,36 @@ async def forge(run: Run) -> Struck | None:
 @kind("node cut off from both servers", 75)
 async def cut_node_off(run: Run) -> Struck | None:
     """Met: the attempts on the node. Shorter than its lease, or longer; nothing passes, and nothing is refused."""
-    role = _a_worker(run)
+    role, lease = _a_worker(run), run.cluster.system.settings.lease_seconds
     met = await _on_node(run, role)
-    lease = run.cluster.system.settings.lease_seconds
+    long = lease + run.luck.uniform(1, 3)
+    await _cut_off(run, role, run.luck.choice((run.luck.uniform(0.3, lease / 2), long)))
+    return Struck("node cut off from both servers", role.name, met)
+
+
+@kind("node cut off beyond REQUEUE_AFTER", 240)
+async def cut_node_off_for_long(run: Run) -> Struck | None:
+    """Met: the attempts on the node. It ends itself what may be requeued, and that is started elsewhere later."""
+    role, settings = _a_worker(run), run.cluster.system.settings
+    met = await _on_node(run, role)
+    began = now()
+    await _cut_off(run, role, settings.requeue_after + settings.kill_grace_seconds + run.luck.uniform(*run.freezes))
+    run.cluster.losses.append(Loss(role.node, began + settings.requeue_after - settings.heartbeat_seconds, now()))
+    return Struck("node cut off beyond REQUEUE_AFTER", role.name, met)
+
+
+async def _cut_off(run: Run, role: Role, seconds: float) -> None:
+    """Let nothing pass between a worker and the servers for so long."""
     role.postgres.silence()
     role.redis.silence()
-    began = now()
-    await asyncio.sleep(run.luck.choice((run.luck.uniform(0.3, lease / 2), lease + run.luck.uniform(1, 3))))
+    began, over = now(), run.cluster.system.settings.lease_seconds + SLACK_SECONDS
+    await asyncio.sleep(seconds)
     ended = now()
     alone = run.cluster.of_node(role.node) == [role]
     await role.postgres.mend()
     await role.redis.mend()
-    if alone and began + lease + SLACK_SECONDS < ended:
-        run.silences.append(Silence(role.node, began + lease + SLACK_SECONDS, ended))
-    return Struck("node cut off from both servers", role.name, met)
+    if alone and began + over < ended:
+        run.silences.append(Silence(role.node, began + over, ended))
 
 
 @contextmanager

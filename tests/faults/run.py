@@ -55,7 +55,7 @@ class Run:
     silences: list[Silence] = field(default_factory=list)
     sightings: set[Sighting] = field(default_factory=set)
     freezes: tuple[float, float] = (2, 14)
-    """Seconds, from and to, for which a scheduler is frozen."""
+    """Seconds, from and to, for which a scheduler is frozen, or a node cut off beyond what it must be."""
     snapshot: bytes | None = None
     """Of Redis, from some time ago."""
     findings: list[str] = field(default_factory=list)
@@ -149,6 +149,10 @@ class Run:
         """What is broken, by column; nothing may be under way."""
         return judge(await self.evidence())
 
+    async def left(self) -> list[dict[str, Any]]:
+        """What is not over, for whoever wonders why."""
+        return [dict(row) for row in await self.ask(_LEFT)]
+
     async def settled(self, patience: float = SETTLE_SECONDS) -> bool:
         """Wait until nothing waits or runs; False when that takes too long."""
         deadline = asyncio.get_running_loop().time() + patience
@@ -157,6 +161,12 @@ class Run:
                 return True
             await asyncio.sleep(0.05)
         return False
+
+
+_LEFT = """
+SELECT job_id, name, state, attempt, node, cancel_requested_time IS NOT NULL AS cancelled
+FROM jobs WHERE end_time IS NULL ORDER BY job_id
+"""
 
 
 def _output_of(cluster: Cluster, job_id: int) -> bytes:

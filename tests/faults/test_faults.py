@@ -27,7 +27,7 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
     """A cluster under load; whatever was done to it, nothing is broken at its end."""
     folder: Path = tmp_path_factory.mktemp("faults")
     small = () if no_disk_can_be_mounted() else ("n2",)
-    quick = {"lease_seconds": 1.2, "heartbeat_seconds": 0.3}
+    quick = {"lease_seconds": 1.2, "heartbeat_seconds": 0.3, "requeue_after": 3.0}
     async with (
         cluster(folder, nodes={"n1": 4, "n2": 3}, small=small, **quick) as found,
         loading(found, Random(SEED), clients=CLIENTS, make=brief_of) as load,
@@ -37,7 +37,8 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
         yield run
         await found.mend()
         load.stopping = True
-        assert await run.settled()
+        calm = await run.settled()
+        assert calm, await run.left()
         await found.ready()
         assert {column: texts for column, texts in (await run.verdicts()).items() if texts} == {}
 

@@ -38,7 +38,8 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
     ):
         yield run
         load.stopping = True
-        assert await run.settled()
+        calm = await run.settled()
+        assert calm, await run.left()
         await found.ready()
         assert {column: texts for column, texts in (await run.verdicts()).items() if texts} == {}
 
