@@ -92,17 +92,26 @@ async def _on_node(run: Run, role: Role) -> dict[str, int]:
     return states or {"scripts": len(run.cluster.scripts_of(role))}
 
 
+async def _is_heard(run: Run, role: Role) -> bool:
+    """Whether its node's lease lasts."""
+    return bool(await run.ask("SELECT FROM node_leases WHERE node = $1 AND lease_until > now()", role.node))
+
+
 # The roles, killed
 
 
 @kind("worker killed (-9)", 3.2)
 async def kill_worker(run: Run) -> Struck | None:
-    """Met: the attempts that are CONFIGURING or RUNNING on its node."""
+    """Met: the attempts that are CONFIGURING or RUNNING on its node.
+
+    Not before it was heard since the last time: its keeper waits longer each time, and a node that is silent for long
+    enough is lost for good reasons.
+    """
     role = _a_worker(run)
     await _a_moment(run)
     met = await _on_node(run, role)
     pid = run.cluster.worker_pid(role)
-    if pid is None:
+    if pid is None or not await _is_heard(run, role):
         return None
     os.kill(pid, signal.SIGKILL)
     return Struck("worker killed (-9)", role.name, met)
