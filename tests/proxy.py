@@ -87,6 +87,11 @@ class Proxy:
         """Let nothing pass, as a network that drops everything: it arrives after `mend`."""
         self._heard.clear()
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing passes at this moment."""
+        return not self._heard.is_set()
+
     def at(self, word: bytes, fault: Fault, *, away: bool = False, times: int = 1) -> None:
         """Strike the next connection whose client says the word, so many `times`.
 

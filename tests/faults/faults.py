@@ -630,9 +630,14 @@ async def forge(run: Run) -> Struck | None:
 
 @kind("node cut off from both servers", 75)
 async def cut_node_off(run: Run) -> Struck | None:
-    """Met: the attempts on the node. Shorter than its lease, or longer; nothing passes, and nothing is refused."""
+    """Met: the attempts on the node. Shorter than its lease, or longer; nothing passes, and nothing is refused.
+
+    Not while it is cut off already: the end of one would be the end of both.
+    """
     role, lease = _a_worker(run), run.cluster.system.settings.lease_seconds
     met = await _on_node(run, role)
+    if role.postgres.silent:
+        return None
     long = lease + run.luck.uniform(1, 3)
     await _cut_off(run, role, run.luck.choice((run.luck.uniform(0.3, lease / 2), long)))
     return Struck("node cut off from both servers", role.name, met)
@@ -643,6 +648,8 @@ async def cut_node_off_for_long(run: Run) -> Struck | None:
     """Met: the attempts on the node. It ends itself what may be requeued, and that is started elsewhere later."""
     role, settings = _a_worker(run), run.cluster.system.settings
     met = await _on_node(run, role)
+    if role.postgres.silent:
+        return None
     began = now()
     await _cut_off(run, role, settings.requeue_after + settings.kill_grace_seconds + run.luck.uniform(*run.freezes))
     run.cluster.losses.append(Loss(role.node, began + settings.requeue_after - settings.heartbeat_seconds, now()))
