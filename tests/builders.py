@@ -12,7 +12,6 @@ from core.policy import plan
 from core.records import Attempt, Ending, JobSpec, NewJob, NodeSpec, Placement
 from core.settings import Settings
 from core.states import Reason, State
-from services.scheduler.allocate import room
 
 SCRIPT = "#!/bin/sh\ntrue\n"
 
@@ -100,8 +99,7 @@ async def register(connection: Connection, spec: NodeSpec | None = None, *, leas
 
 async def allocate(connection: Connection) -> list[Attempt]:
     """One pass over all that waits; answer what got CPUs."""
-    free = await nodes.free(connection)
-    waiting = await pending.heads(connection, room(free), 1000)
+    waiting, free = await pending.look(connection, 1000)
     placed = await allocations.place(connection, plan(waiting, free))
     return [Attempt(job.job_id, job.attempt) for job in placed]
 

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from core import streams
 from core.client import Client
-from core.db import allocations, jobs, nodes
+from core.db import allocations, jobs, nodes, pending
 from core.db.connection import WAKE_CHANNEL
 from core.records import Attempt
 from services.api import nodes as api_nodes
@@ -113,7 +113,7 @@ async def test_a_drained_node_gets_no_work_and_keeps_what_it_has(api: Api, node:
 async def free(api: Api) -> list[Any]:
     """The nodes that a pass would find."""
     job_id = (await api.submit())["job_id"]
-    found = await nodes.free(api.database)
+    _, found = await pending.look(api.database, 1)
     await api.ask("DELETE", f"{JOBS}/{job_id}")
     return found
 

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from core.db.connection import Connection
 from core.loss import Lease
-from core.records import Capacity, Holder, Node, NodeSpec
+from core.records import Holder, Node, NodeSpec
 
 _ADD = """
 INSERT INTO nodes (name, partitions, declared_cpus, cpus, memory_mib, work_base_dir, job_user)
@@ -178,21 +178,6 @@ async def forget(connection: Connection, node: str) -> bool:
     Should a worker of it live all the same, its next heartbeat tells it.
     """
     return bool(await connection.fetchval(_FORGET, node))
-
-
-_FREE = """
-SELECT n.name, n.partitions, n.cpus - n.alloc_cpus
-FROM nodes n JOIN node_leases l ON l.node = n.name
-WHERE n.alloc_cpus < n.cpus AND n.admin_state = 'RESUME' AND NOT l.draining AND l.lease_until > clock_timestamp()
-  -- By the index: a look from the table's start passes all that was taken out since the last vacuum.
-  AND (SELECT job_id FROM pending ORDER BY job_id LIMIT 1) IS NOT NULL
-"""
-
-
-async def free(connection: Connection) -> list[Capacity]:
-    """Every node that has free CPUs and may be given work; none while no job waits. `place` asks again."""
-    rows = await connection.fetch(_FREE)
-    return [Capacity(row[0], frozenset(row[1]), row[2]) for row in rows]
 
 
 _PARTITIONS = "SELECT p AS partition, max(declared_cpus) FROM nodes, unnest(partitions) AS p GROUP BY p"

@@ -4,15 +4,13 @@ No lock is held between two statements: `place` holds the decision against what 
 after the look is followed by a wake-up, so by another pass.
 """
 
-from collections.abc import Sequence
-
 import structlog
 
 from core import crash
-from core.db import allocations, nodes, pending
+from core.db import allocations, pending
 from core.db.connection import Line, Pool
 from core.policy import plan
-from core.records import Capacity, Dispatch
+from core.records import Dispatch
 
 BATCH = 500
 
@@ -20,10 +18,7 @@ BATCH = 500
 async def allocate_once(database: Line | Pool) -> list[Dispatch]:
     """One pass; answer what was given CPUs, at most BATCH jobs."""
     async with database.acquire() as connection:
-        free = await nodes.free(connection)
-        if not free:
-            return []
-        waiting = await pending.heads(connection, room(free), BATCH)
+        waiting, free = await pending.look(connection, BATCH)
         placements = plan(waiting, free)[:BATCH]
         if not placements:
             return []
@@ -34,14 +29,3 @@ async def allocate_once(database: Line | Pool) -> list[Dispatch]:
     for job in placed:
         log.info("job_allocated", job_id=job.job_id, attempt=job.attempt, node=job.node, cpus=job.cpus)
     return [Dispatch(job.job_id, job.attempt, job.node) for job in placed]
-
-
-def room(free: Sequence[Capacity]) -> list[tuple[str, int, int]]:
-    """For each partition: its name, its largest free node, its free CPUs in total."""
-    largest: dict[str, int] = {}
-    total: dict[str, int] = {}
-    for node in free:
-        for partition in node.partitions:
-            largest[partition] = max(largest.get(partition, 0), node.free_cpus)
-            total[partition] = total.get(partition, 0) + node.free_cpus
-    return [(partition, largest[partition], total[partition]) for partition in largest]

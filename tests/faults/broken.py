@@ -76,8 +76,8 @@ def _place_whatever_is_left() -> None:
     _code(
         allocate,
         "allocate_once",
-        "    if not free:",
-        "    await __import__('asyncio').sleep(0.2)\n        if not free:",
+        "    placements = ",
+        "    await __import__('asyncio').sleep(0.2)\n        placements = ",
     )
     fresh = schema.fresh_schema()
     check = "CONSTRAINT capacity CHECK (0 <= alloc_cpus AND alloc_cpus <= cpus),\n"
