@@ -21,7 +21,7 @@ REDIS_ERRORS = (RedisError, OSError, TimeoutError)
 GROUP = "worker"
 MAX_LENGTH = 100_000
 BLOCK_MS = 2_000
-SOCKET_SECONDS = 5  # longer than BLOCK_MS, or a blocked read would be cut and sent again
+ANSWER_SECONDS = 5  # longer than BLOCK_MS, or a blocked read would be cut and sent again
 
 Kind = Literal["run", "cancel"]
 
@@ -41,12 +41,13 @@ def stream_of(node: str) -> str:
 
 
 def connect(settings: Settings) -> redis.Redis:
-    """A client that tries each command once: a retry is the caller's decision."""
+    """A client that tries each command once: a retry is the caller's decision.
+
+    How long an answer may take is up to who asks. redis-py's own limit makes a task of each write and waits for it by
+    `wait_for`, which before Python 3.12 may lose a cancellation (python/cpython#86296).
+    """
     return redis.Redis.from_url(
-        settings.redis_dsn,
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=SOCKET_SECONDS,
-        socket_connect_timeout=SOCKET_SECONDS,
+        settings.redis_dsn, retry=Retry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=ANSWER_SECONDS
     )
 
 
@@ -59,7 +60,8 @@ async def publish(client: redis.Redis, kind: Kind, dispatches: Sequence[Dispatch
     for dispatch in dispatches:
         fields: dict[Any, Any] = {"kind": kind, "job_id": dispatch.job_id, "attempt": dispatch.attempt}
         pipeline.xadd(stream_of(dispatch.node), fields, maxlen=MAX_LENGTH, approximate=True)
-    answers = await pipeline.execute(raise_on_error=False)
+    async with asyncio.timeout(ANSWER_SECONDS):
+        answers = await pipeline.execute(raise_on_error=False)
     refused = [answer for answer in answers if isinstance(answer, Exception)]
     if refused and len(refused) == len(answers):
         raise refused[0]
@@ -67,13 +69,15 @@ async def publish(client: redis.Redis, kind: Kind, dispatches: Sequence[Dispatch
 
 async def forget(client: redis.Redis, node: str) -> None:
     """Remove the stream of a node that is no more."""
-    await client.delete(stream_of(node))
+    async with asyncio.timeout(ANSWER_SECONDS):
+        await client.delete(stream_of(node))
 
 
 async def ensure_group(client: redis.Redis, node: str) -> None:
     """Make the node's stream and group where they are missing; the group begins at the stream's start."""
     try:
-        await client.xgroup_create(stream_of(node), GROUP, id="0", mkstream=True)
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await client.xgroup_create(stream_of(node), GROUP, id="0", mkstream=True)
     except ResponseError as error:
         if not str(error).startswith("BUSYGROUP"):
             raise
@@ -105,7 +109,8 @@ class Reader:
             pipeline.xdel(self._stream, *done)
         block = None if replaying else BLOCK_MS
         pipeline.xreadgroup(GROUP, self._node, {self._stream: start}, count=limit, block=block)
-        *_, answer = await pipeline.execute()
+        async with asyncio.timeout(ANSWER_SECONDS):
+            *_, answer = await pipeline.execute()
         crash.here("worker.acknowledged")
         entries = [entry for _, entries in _pairs(answer) for entry in entries]
         self._replay = replaying and bool(entries)
@@ -148,7 +153,8 @@ async def name_when_away(client: redis.Redis, address: str, seconds: float = 0.5
     log, said = structlog.get_logger(), ""
     while True:
         try:
-            await client.ping()
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await client.ping()
         except REDIS_ERRORS as error:
             if (problem := " ".join(str(error).split()) or type(error).__name__) != said:
                 log.warning("redis_unreachable", address=address, error=problem)

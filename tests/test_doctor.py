@@ -457,7 +457,7 @@ async def test_servers_that_say_nothing_are_not_waited_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(postgres, "PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(streams, "SOCKET_SECONDS", 0.5)
+    monkeypatch.setattr(streams, "ANSWER_SECONDS", 0.5)
     for hole, word in zip(holes, (b"server_version_num", b"INFO"), strict=True):
         if from_the_start:
             hole.silence()

@@ -1,5 +1,6 @@
 """What the Redis is, and what it does when it is full. Losing what it holds costs time, never a job."""
 
+import asyncio
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -34,7 +35,8 @@ async def examine(settings: Settings) -> list[Finding]:
     client = streams.connect(settings)
     address = without_secrets(settings.redis_dsn)
     try:
-        return judge(_server(await client.info(), await _round_trip(client)))
+        async with asyncio.timeout(streams.ANSWER_SECONDS):
+            return judge(_server(await client.info(), await _round_trip(client)))
     except streams.REDIS_ERRORS as error:
         detail = f"{address}: {' '.join(str(error).split()) or type(error).__name__}"
         return [fault("Redis", detail, "one that is up; without it jobs start up to a second later")]
