@@ -88,6 +88,13 @@ finally:
     assert listed >= {"demo", "up", "api", "scheduler", "worker", "migrate", "audit", "doctor", "health", "infra"}
 
 
+def test_what_stays_beside_a_worker_imports_nothing_heavy() -> None:
+    """Its launcher and its keeper live as long as it does, on every node."""
+    script = f"import services.worker.__main__, sys; print('heavy:', sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run((sys.executable, "-c", script), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "heavy: []\n", done.stderr
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         commands.run(["--version"])

@@ -142,7 +142,7 @@ def clusters(draw: Any) -> list[Lease]:
     ]
 
 
-property_test = settings(max_examples=200, deadline=None)
+property_test = settings(max_examples=100, deadline=None)
 
 
 @property_test
