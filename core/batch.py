@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+from core.cancellation import raise_if_cancelled
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -37,6 +39,7 @@ class Batcher(Generic[T, R]):
                 if not self._queue:
                     self._arrived.clear()
                 await self._settle(batch)
+                raise_if_cancelled()
         finally:
             for _, future in self._queue:
                 future.cancel()

@@ -1,10 +1,10 @@
 """The loop around a duty: wait for a wake-up or the poll, do it until nothing is left, survive a lost server."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 
 import structlog
 
+from core.cancellation import pause, raise_if_cancelled
 from core.db.connection import CONNECTION_ERRORS, describe
 from core.streams import REDIS_ERRORS
 from core.wakeup import Wakeup
@@ -23,11 +23,11 @@ async def repeat(name: str, once: Callable[[], Awaitable[int]], wake: Wakeup, po
     while True:
         try:
             while await once():
-                pass
+                raise_if_cancelled()
         except AWAY_ERRORS as error:
             if failures == 0:
                 log.warning("duty_waits", duty=name, error=describe(error))
-            await asyncio.sleep(BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)])
+            await pause(BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)])
             failures += 1
             continue
         if failures:

@@ -12,6 +12,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from core import crash
+from core.cancellation import pause
 from core.records import Attempt, Dispatch
 from core.settings import Settings
 
@@ -159,6 +160,6 @@ async def name_when_away(client: redis.Redis, address: str, seconds: float = 0.5
             if (problem := " ".join(str(error).split()) or type(error).__name__) != said:
                 log.warning("redis_unreachable", address=address, error=problem)
                 said = problem
-            await asyncio.sleep(seconds)
+            await pause(seconds)
         else:
             return

@@ -2,6 +2,8 @@
 
 import asyncio
 
+from core.cancellation import raise_if_cancelled
+
 
 class Wakeup:
     """Many `set()` calls while nobody waits are one wake-up."""
@@ -15,6 +17,7 @@ class Wakeup:
 
     async def wait(self, poll_seconds: float) -> bool:
         """Wait for a wake-up or for the poll, whichever comes first; True when it was a wake-up."""
+        raise_if_cancelled()
         try:
             async with asyncio.timeout(poll_seconds):
                 await self._event.wait()

@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 import structlog
+from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from core.db import allocations, jobs, nodes
@@ -707,3 +708,34 @@ async def test_a_worker_whose_node_was_deleted_stops_and_ends_what_it_runs(
     with pytest.raises(Superseded, match=r"^node n1 was deleted: this worker stops; start it again to register"):
         await serve._beat_once(node)
     assert run.fenced
+
+
+async def test_a_worker_that_stops_leaves_redis_to_who_still_uses_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A duty whose connection is taken away in the middle of a command fails in a way that nobody expects."""
+    stop, drained, using, closed_in_use = asyncio.Event(), asyncio.Event(), True, []
+
+    async def consumes(*_: Any) -> int:
+        nonlocal using
+        stop.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await drained.wait()
+            using = False
+        return 0
+
+    async def drains(_: Node, heartbeat: "asyncio.Task[None]") -> None:
+        heartbeat.cancel()
+        drained.set()
+
+    async def closes(_: Redis) -> None:
+        closed_in_use.append(using)
+
+    monkeypatch.setattr(claim, "consume_once", consumes)
+    monkeypatch.setattr(serve, "_drain", drains)
+    monkeypatch.setattr(Redis, "aclose", closes)
+    async with asyncio.timeout(LONG):
+        await serve._work(node, stop)
+    assert closed_in_use == [False]

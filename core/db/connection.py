@@ -1,6 +1,5 @@
 """Connections to PostgreSQL: their settings, their errors, and waiting for a server that is not there yet."""
 
-import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +9,7 @@ from typing import Any
 import asyncpg
 import structlog
 
+from core.cancellation import pause
 from core.errors import UnsafeServer
 from core.settings import Settings, without_secrets
 
@@ -126,7 +126,7 @@ async def open_pool(settings: Settings, role: str, size: int, **more: str) -> Po
                 event = "postgres_unsafe" if isinstance(error, UnsafeServer) else "postgres_unreachable"
                 log.warning(event, address=without_secrets(settings.postgres_dsn), error=problem)
                 said = problem
-            await asyncio.sleep(RETRY_SECONDS)
+            await pause(RETRY_SECONDS)
 
 
 _SAFETY = "SELECT current_setting('fsync'), current_setting('full_page_writes'), pg_is_in_recovery()"

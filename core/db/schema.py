@@ -1,12 +1,12 @@
 """The schema's life: applied to an empty database under an advisory lock, migrated step by step, checked by all."""
 
-import asyncio
 import re
 from pathlib import Path
 
 import asyncpg
 import structlog
 
+from core.cancellation import pause
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, Connection, Pool, describe
 from core.errors import SchemaMismatch
 
@@ -94,4 +94,4 @@ async def ensure(pool: Pool) -> None:
             if (problem := describe(error)) != said:
                 log.warning("schema_not_ready", error=problem)
                 said = problem
-            await asyncio.sleep(RETRY_SECONDS)
+            await pause(RETRY_SECONDS)

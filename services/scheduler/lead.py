@@ -7,6 +7,7 @@ import asyncpg
 import structlog
 
 from core import crash
+from core.cancellation import pause
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, WAKE_CHANNEL, check_safe, connect, describe
 from core.settings import Settings
 from core.wakeup import Wakeup
@@ -42,7 +43,7 @@ async def lead(settings: Settings, wake: Wakeup, duties: Sequence[Callable[[], A
             if other is not None:
                 raise other from None
             log.warning("leader_connection_lost", error=describe(_first(lost)))
-        await asyncio.sleep(RETRY_SECONDS)
+        await pause(RETRY_SECONDS)
 
 
 async def _lead_on(
@@ -63,9 +64,11 @@ async def _lead_on(
     crash.here("scheduler.leads")
     wake.set()  # whatever was said while nobody listened
     async with asyncio.TaskGroup() as group:
-        group.create_task(_probe(connection, settings))
         for duty in duties:
             group.create_task(_awaited(duty()))
+        # Not a member: while the group merely waits for members, the end of one counts as a cancellation of this task
+        # for ever (before Python 3.13), which `pause` would take for a stop.
+        await _probe(connection, settings)
 
 
 async def _probe(connection: asyncpg.Connection, settings: Settings) -> None:

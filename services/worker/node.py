@@ -13,6 +13,7 @@ import asyncpg
 import structlog
 
 from core import __version__, crash
+from core.cancellation import pause
 from core.db import nodes, schema
 from core.db.connection import CONNECTION_ERRORS, PLANNED_ONCE, RETRY_SECONDS, Line, Pool, describe, open_pool
 from core.errors import NodeNameTaken, SettingsError
@@ -244,7 +245,7 @@ async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> tuple[int,
             if (problem := describe(error)) != said:
                 log.warning("registration_waits", error=problem)
                 said = problem
-            await asyncio.sleep(RETRY_SECONDS)
+            await pause(RETRY_SECONDS)
             continue
         if incarnation is None:
             raise NodeNameTaken(

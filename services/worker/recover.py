@@ -1,12 +1,12 @@
 """Recover: what an earlier worker of this node left running is found again, before anything new starts."""
 
-import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import structlog
 
 from core import crash
+from core.cancellation import pause
 from core.db import allocations, jobs, nodes
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, describe
 from core.loss import MARGIN
@@ -68,7 +68,7 @@ async def _running(node: Node) -> list[JobSpec]:
             if (problem := describe(error)) != said:
                 log.warning("recovery_waits", error=problem)
                 said = problem
-        await asyncio.sleep(RETRY_SECONDS)
+        await pause(RETRY_SECONDS)
 
 
 def _leaders() -> dict[int, list[Leader]]:

@@ -1,11 +1,11 @@
 """Report: the ends that piled up are written in one statement, however long PostgreSQL is away."""
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
 import structlog
 
+from core.cancellation import pause
 from core.db import allocations, jobs, nodes
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, Connection, describe, notify
 from core.records import Attempt, Ending
@@ -40,7 +40,7 @@ async def write_endings(node: Node, endings: Sequence[Ending]) -> list[bool]:
             if not said:
                 structlog.get_logger().warning("report_waits", jobs=len(endings), error=describe(error))
                 said = True
-        await asyncio.sleep(RETRY_SECONDS)
+        await pause(RETRY_SECONDS)
     with suppress(*CONNECTION_ERRORS):  # a hint that is lost costs a poll of the scheduler's
         async with node.reports.acquire() as connection:
             await notify(connection)

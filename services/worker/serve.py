@@ -55,14 +55,13 @@ async def _unless(stop: asyncio.Event, doing: Coroutine[Any, Any, Any]) -> Any:
     finally:
         for future in (done, stopped):
             future.cancel()
-            with suppress(asyncio.CancelledError):
-                await future
+        await asyncio.gather(done, stopped, return_exceptions=True)
 
 
 async def _work(node: Node, stop: asyncio.Event) -> None:
     settings, poll = node.settings, node.settings.poll_seconds
     reports: Batcher[Ending, bool] = Batcher(lambda endings: report.write_endings(node, endings), report.BATCH)
-    async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         client = streams.connect(settings)
         stack.push_async_callback(client.aclose)
         reader = streams.Reader(client, node.name)

@@ -10,6 +10,7 @@ from structlog.typing import FilteringBoundLogger
 
 from core import crash
 from core.batch import Batcher
+from core.cancellation import raise_if_cancelled
 from core.db.connection import CONNECTION_ERRORS
 from core.records import Ending, JobSpec
 from core.states import Reason, State
@@ -37,6 +38,7 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
     if not ending.ran:
         with suppress(*CONNECTION_ERRORS):
             await health.look_once(node)  # first: or the job would be placed here again at once
+        raise_if_cancelled()
     crash.here("worker.ended")
     ended = not run.fenced and await report.do(ending)
     crash.here("worker.reported")
