@@ -8,6 +8,7 @@ from typing import Any
 import asyncpg
 import pytest
 import redis.asyncio as redis
+from pydantic import SecretStr
 from redis.exceptions import RedisError
 from structlog.testing import capture_logs
 
@@ -25,6 +26,7 @@ from services.scheduler.allocate import allocate_once
 from services.scheduler.dispatch import UNCLAIMED_SECONDS, Outbox, dispatch_once, republish_once
 from services.scheduler.reap import reap_once
 from tests.builders import a_job, a_node, finish, give, register, start, state_of, submit
+from tests.proxy import Fault, proxied
 
 pytestmark = pytest.mark.anyio
 
@@ -526,6 +528,22 @@ async def test_a_leader_looks_at_the_tables_after_each_reconnect(
             await until(lambda times=times: led.times == times and led.now)
             assert await wake.wait(LONG)
             await connection.execute("SELECT pg_terminate_backend($1)", await connection.fetchval(LEADER))
+
+
+async def test_a_leader_whose_connection_fell_silent_leads_again_at_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server knows nothing of that, and keeps the lock for the old connection."""
+    monkeypatch.setattr(lead, "SILENCE", "1h")
+    monkeypatch.setattr(lead, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(lead, "PROBE_TIMEOUT_SECONDS", 0.5)
+    led = Led()
+    async with proxied(settings.postgres_dsn) as wire:
+        through = settings.model_copy(update={"database_url": SecretStr(wire.url)})
+        async with leading(through, Wakeup(), led):
+            await until(lambda: led.now)
+            wire.at(b"SELECT 1", Fault.HOLE_BEFORE)
+            await until(lambda: led.times == 2)
 
 
 async def test_a_duty_that_fails_takes_the_role_down(settings: Settings) -> None:

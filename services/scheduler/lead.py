@@ -8,7 +8,15 @@ import structlog
 
 from core import crash
 from core.cancellation import pause
-from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, WAKE_CHANNEL, check_safe, connect, describe
+from core.db.connection import (
+    CONNECTION_ERRORS,
+    RETRY_SECONDS,
+    WAKE_CHANNEL,
+    check_safe,
+    connect,
+    describe,
+    end_backend,
+)
 from core.settings import Settings
 from core.wakeup import Wakeup
 
@@ -26,11 +34,14 @@ _PROBE = "SELECT 1"
 async def lead(settings: Settings, wake: Wakeup, duties: Sequence[Callable[[], Awaitable[None]]]) -> None:
     """Run the duties whenever this process leads, for ever. `wake` is set by notifications and after each reconnect."""
     log = structlog.get_logger()
-    said = ""
+    said, former = "", None
     while True:
         try:
             connection = await connect(settings, "scheduler", idle_session_timeout=SILENCE)
             try:
+                if former is not None:  # lost to us, it may live on at the server, and hold the lock
+                    await end_backend(connection, former, PROBE_TIMEOUT_SECONDS)
+                former = connection.get_server_pid()
                 await _lead_on(connection, settings, wake, duties)
             finally:
                 connection.terminate()

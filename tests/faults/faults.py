@@ -270,21 +270,28 @@ async def _crash_worker(run: Run, how: str) -> Struck | None:
 
 
 async def _crash(run: Run, kind: str, how: str) -> Struck | None:
-    """The next of its processes ends there, and the one after it does not."""
-    role = _one_of(run, run.cluster.of(kind))  # type: ignore[arg-type]
-    first = role.child
-    role.environment["ROWLOCK_CRASH"] = how
-    run.cluster.kill(role)
-    await _within(POINT_SECONDS, lambda: role.child is not first)
-    del role.environment["ROWLOCK_CRASH"]
-    armed = role.child
-    assert armed is not None
-    role.struck = True
-    ended = await armed.ended_within(POINT_SECONDS)
-    if not ended:
+    """The next of its processes ends there, and the one after it does not. Of schedulers it is the one that leads."""
+    roles = run.cluster.of(kind)  # type: ignore[arg-type]
+    armed = roles if kind == "scheduler" else [_one_of(run, roles)]
+    before = {role.name: role.child for role in armed}
+    for role in armed:
+        role.environment["ROWLOCK_CRASH"] = how
         run.cluster.kill(role)
-        return None
-    return Struck(f"{'API' if kind == 'api' else kind} killed at a named point", role.name, {"jobs": 1}, how)
+    await _within(POINT_SECONDS, lambda: all(role.child is not before[role.name] for role in armed))
+    children = [role.child for role in armed if role.child is not None]
+    for role in armed:
+        del role.environment["ROWLOCK_CRASH"]
+        role.struck = True
+    await _within(POINT_SECONDS, lambda: not all(child.alive for child in children))
+    ended = [child.name for child in children if not child.alive]
+    for role in armed:
+        if role.child in children and role.name not in ended:
+            run.cluster.kill(role)
+    return (
+        Struck(f"{'API' if kind == 'api' else kind} killed at a named point", ended[0], {"jobs": 1}, how)
+        if ended
+        else None
+    )
 
 
 async def _within(seconds: float, true: Callable[[], bool]) -> None:
