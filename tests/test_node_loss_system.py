@@ -43,9 +43,10 @@ async def servers(
 
 
 @pytest.fixture
-async def system(servers: System, tmp_path: Path) -> AsyncIterator[System]:
-    """Two nodes of the test's own, of which the second is out until it is wanted."""
-    quick = {"heartbeat_seconds": 0.3, "lease_seconds": 1.5, "requeue_after": 5.0, "kill_grace_seconds": 0.5}
+async def system(servers: System, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[System]:
+    """Two nodes of the test's own, of which the second is out until it is wanted. The parameter: REQUEUE_AFTER."""
+    quick = {"heartbeat_seconds": 0.3, "lease_seconds": 1.5, "kill_grace_seconds": 0.5}
+    quick["requeue_after"] = getattr(request, "param", 5.0)
     first = f"{tmp_path.name}.1"
     async with beside(servers, tmp_path, {first: 3, f"{tmp_path.name}.2": 2}, **quick) as found:
         await found.api.set_node_state(second(found), "DRAIN", "not yet")
@@ -133,6 +134,16 @@ async def let_time_pass(system: System, seconds: float = 60) -> None:
         )  # fmt: skip
     finally:
         await connection.close()
+
+
+def spool_of(system: System) -> Path:
+    """Where the worker of the first node and its keeper leave word for each other."""
+    return system.folder / f"{system.node}/data/scripts/.spool"
+
+
+def let_silence_be_over(system: System) -> None:
+    """For the keeper of the first node, whose worker is stopped: PostgreSQL was heard too long ago."""
+    os.utime(spool_of(system) / "silence", (0, 0))
 
 
 async def unreachable(system: System, job_id: int, wanted: bool) -> JobDocument:
@@ -232,6 +243,7 @@ async def test_down_of_a_living_node(system: System) -> None:
     await system.node_is(system.node, "IDLE")
 
 
+@pytest.mark.parametrize("system", [3600.0], indirect=True, ids=["it lasts until the test says"])
 async def test_a_stopped_workers_keeper_counts_the_silence(system: System) -> None:
     """What it ends goes back to the queue by the next worker's word: it was no signal of the job's own.
 
@@ -242,6 +254,8 @@ async def test_a_stopped_workers_keeper_counts_the_silence(system: System) -> No
     await worker_of(system).stop((Step(signal.SIGTERM, 30),))
     let_go(system, "go at once")
     await nothing_is_left_of(system, quick)
+    assert processes_of(system, again)
+    let_silence_be_over(system)
     await nothing_is_left_of(system, again)
     assert processes_of(system, kept)
     assert (await system.api.job(again))["state"] == "RUNNING"
@@ -251,7 +265,7 @@ async def test_a_stopped_workers_keeper_counts_the_silence(system: System) -> No
     assert await ended(system, again) == (7, 2, 1, [system.node])
     for job_id in (kept, quick):
         assert await ended(system, job_id) == (7, 1, 0, [system.node])
-    spool = system.folder / f"{system.node}/data/scripts/.spool"
+    spool = spool_of(system)
     assert not [*(spool / "granted").iterdir(), *(spool / "verdicts").iterdir()]
 
 
