@@ -62,6 +62,15 @@ async def ended(system: System, job_id: int) -> tuple[str, int | None, str | Non
     return job["state"], job["exit_code"], job["signal"]
 
 
+async def adopted(system: System) -> None:
+    """Wait until a worker has found a job that it did not start."""
+
+    async def settled() -> bool:
+        return "job_adopted" in (system.settings.log_dir / "worker.log").read_text()
+
+    await until(settled, "a job is adopted")
+
+
 async def new_worker(system: System, old: int) -> None:
     async def changed() -> bool:
         mine = [pid for pid in alive_with(str(system.folder / system.node)) if "services.worker.serve" in cmdline(pid)]
@@ -232,21 +241,44 @@ async def test_a_node_taken_over_with_another_spool_runs_nothing_again(system: S
 
 
 async def test_a_script_that_takes_off_its_tag_is_not_run_twice(system: System) -> None:
-    job_id = await up(system, WAITS.replace("echo up", "ulimit -S -x unlimited; echo up"))
+    job_id = await up(system, WAITS.replace("echo up", "ulimit -S -x unlimited; echo up") + "exit 3\n")
     kill_worker(system)
-
-    async def settled() -> bool:
-        return "job_adopted" in (system.settings.log_dir / "worker.log").read_text()
-
-    await until(settled, "it is found by its mark")
+    await adopted(system)
     let_go(system, job_id)
-    assert (await ended(system, job_id))[0] == "NODE_FAIL"
+    assert await ended(system, job_id) == ("FAILED", 3, None)
     assert (await system.api.logs(job_id)).count(b"up") == 1
 
 
-async def test_a_script_that_hid_in_every_way_and_ended_with_no_worker_there_is_not_run_twice(system: System) -> None:
+async def test_a_script_that_takes_off_all_that_it_bears_is_known_by_its_process(system: System) -> None:
+    waits = "'while [ ! -e go ]; do sleep 0.02; done; exit 3'"
+    hides = f"#!/bin/bash\necho up\nulimit -S -x unlimited\nexec env -i bash -c {waits}\n"
+    job_id = await up(system, hides)
+    kill_worker(system)
+    await adopted(system)
+    let_go(system, job_id)
+    assert await ended(system, job_id) == ("FAILED", 3, None)
+    assert (await system.api.logs(job_id)).count(b"up") == 1
+
+
+@pytest.mark.parametrize("file", ['touch "$0"', 'rm "$0"'])
+async def test_a_script_that_hides_in_every_way_and_lives_is_not_run_twice(system: System, file: str) -> None:
+    waits = "'while [ ! -e go ]; do sleep 0.02; done'"
+    hides = f"#!/bin/bash\nulimit -S -x unlimited; {file}; echo up\nexec env -i bash -c {waits}\n"
+    job_id = await up(system, hides)
+    try:
+        kill_worker(system)
+        assert (await ended(system, job_id))[0] == "NODE_FAIL"
+        assert (await system.api.logs(job_id)).count(b"up") == 1
+    finally:
+        let_go(system, job_id)
+
+
+@pytest.mark.parametrize("file", ['touch "$0"', 'rm "$0"'])
+async def test_a_script_that_hid_in_every_way_and_ended_with_no_worker_there_is_not_run_twice(
+    system: System, file: str
+) -> None:
     """Its keeper saw that some script ended, and not which: nothing proves that this one was never started."""
-    hides = WAITS.replace("echo up", 'ulimit -S -x unlimited; touch "$0"; echo up')
+    hides = WAITS.replace("echo up", f"ulimit -S -x unlimited; {file}; echo up")
     job_id = await up(system, hides)
     kill_worker(system)
     let_go(system, job_id)  # long before the next worker is there

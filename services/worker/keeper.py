@@ -220,9 +220,13 @@ class Keeper:
 
     def _look(self) -> int | None:
         """Reap what has died; the worker's exit code when it is among them."""
-        self._end_in_silence()
         code = None
-        for pid in proc.children(os.getpid()):
+        try:
+            self._end_in_silence()
+            children = proc.children(os.getpid())
+        except OSError:  # the node has no descriptors, or no memory: at the next look
+            return None
+        for pid in children:
             found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if found is None:
                 continue
@@ -248,11 +252,10 @@ class Keeper:
 
     def _recorded(self, pid: int, status: int) -> bool:
         """Write the record of a dead process that may be a script; False when it has to be tried again."""
-        stat = proc.read_stat(pid)
-        if stat is None or stat.session != pid or self._spool is None:
-            return True
         try:
-            self._spool.write_record(proc.read_tag(pid) or UNKNOWN, Leader(stat.start, pid), status)
+            stat = proc.read_stat(pid)
+            if stat is not None and stat.session == pid and self._spool is not None:
+                self._spool.write_record(proc.tag_of_process(pid) or UNKNOWN, Leader(stat.start, pid), status)
         except OSError:
             return False
         return True

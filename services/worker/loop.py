@@ -28,7 +28,11 @@ class FolderRefused(OSError):
 
 
 class StartUndone(Exception):
-    """A child was started and ended again: it may have run for a moment."""
+    """A child was started, as process `pid`, and ended again: it may have run for a moment."""
+
+    def __init__(self, pid: int, text: str) -> None:
+        super().__init__(text)
+        self.pid = pid
 
 
 class ChildTransport(asyncio.SubprocessTransport):
@@ -121,7 +125,7 @@ class Loop(uvloop.Loop):
         except OSError as error:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)  # noqa: ASYNC222 - it was killed
-            raise StartUndone(f"it was started, cannot be waited for, and was ended at once ({error})") from error
+            raise StartUndone(pid, f"it was started, cannot be waited for, and was ended at once ({error})") from error
 
 
 def _enter(folder: int) -> None:

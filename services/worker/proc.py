@@ -54,10 +54,15 @@ def tag_of(job_id: int, attempt: int, spool_id: str) -> int:
 def read_tag(pid: int) -> int | None:
     """The tag of a process, dead or alive; None when it has none, or is gone."""
     try:
-        with open(f"/proc/{pid}/limits", "rb") as file:
-            text = file.read()
+        return tag_of_process(pid)
     except OSError:
         return None
+
+
+def tag_of_process(pid: int) -> int | None:
+    """The tag of a process that is there, dead or alive; None when it has none. Raises OSError."""
+    with open(f"/proc/{pid}/limits", "rb") as file:
+        text = file.read()
     at = text.find(_TAG_LINE)
     words = text[at + len(_TAG_LINE) :].split(None, 1) if at >= 0 else []
     return int(words[0]) if words and words[0].isdigit() else None

@@ -53,6 +53,9 @@ _SHORTAGES: Final = {
 class LaunchFailed(RowlockError):
     """A script cannot be started; the text says why in one sentence."""
 
+    pid: int | None = None
+    """As which process it has run for a moment, if it has."""
+
 
 class LaunchShortage(LaunchFailed):
     """A script could not be started for want of something that comes back: try again later."""
@@ -226,7 +229,9 @@ async def start(
             tag=tag,
         )
     except StartUndone as error:
-        raise LaunchFailed(str(error)) from error
+        undone = LaunchFailed(str(error))
+        undone.pid = error.pid
+        raise undone from error
     except ValueError as error:
         raise LaunchFailed(f"the command or its environment cannot be passed on: {error}") from error
     except OSError as error:

@@ -89,7 +89,7 @@ def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, 
     candidates: list[Leader] = [*leaders.get(tag, []), *(node.spool.recorded(tag) if same_boot else [])]
     started = files.started_as(node.spool.script_dir, spec.job_id, spec.attempt) if same_boot and spec.ours else None
     if candidates or started is not None:
-        leader = _the_script(candidates, started)
+        leader = min(candidates) if started is None else _started_as(node, started, candidates)
         log.info("job_adopted", pid=leader.pid)
         script = Adopted(
             leader.pid,
@@ -109,11 +109,16 @@ def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, 
     return Run(spec)
 
 
-def _the_script(candidates: list[Leader], started: int | None) -> Leader:
-    """Which session leader is the script itself; it may be gone without a record, and what it began live on."""
-    if started is None:
-        return min(candidates)  # whatever else leads a session with this tag was begun by the script
-    return next((leader for leader in candidates if leader.pid == started), Leader(0, started))
+def _started_as(node: Node, pid: int, candidates: list[Leader]) -> Leader:
+    """The script itself, which was started as this process. Whatever else bears its tag was begun by it.
+
+    It may have taken off its tag, alive or dead; and it may be gone without a record, while what it began lives on.
+    """
+    known = [*candidates, *node.spool.recorded(UNKNOWN)]
+    stat = proc.read_stat(pid)
+    if stat is not None and stat.session == pid and node.spool.keeps(stat.parent) and proc.read_tag(pid) is None:
+        known.append(Leader(stat.start, pid))
+    return next((leader for leader in known if leader.pid == pid), Leader(0, pid))
 
 
 def _why_it_may_have_run(node: Node, spec: JobSpec, *, same_boot: bool) -> str | None:
@@ -121,24 +126,38 @@ def _why_it_may_have_run(node: Node, spec: JobSpec, *, same_boot: bool) -> str |
         return "another worker of this node's name, with another SCRIPT_DIR, was running it"
     if not same_boot:
         return "the node was started anew"
+    if _somebody_is_unknown(node):
+        return "its worker was killed, and a script on this node took off what says whose it is"
     script = files.script_path(node.spool.script_dir, spec.job_id, spec.attempt)
     if script.exists() and not _would_be_known(node, spec):
         return "its worker was killed, and it left neither process nor exit record"
     return None
 
 
+def _somebody_is_unknown(node: Node) -> bool:
+    """Whether there is, or was, a script here of which nobody can tell whose it is: it might be anybody's.
+
+    The processes first: a keeper that reaps one of them meanwhile has written its record before.
+    """
+    for keeper_pid in node.spool.keepers():
+        for pid in proc.children(keeper_pid):
+            stat = proc.read_stat(pid)
+            bare = proc.read_tag(pid) is None and proc.read_variable(pid, MARK) is None
+            if stat is not None and stat.session == pid and bare:
+                return True
+    return any(node.spool.recorded(UNKNOWN))
+
+
 def _would_be_known(node: Node, spec: JobSpec) -> bool:
     """Whether an attempt that left neither process nor record was never started: its worker died right before.
 
-    So it is when the keeper is the same one ever since: it reaps nothing without a record. But of a script that took
-    off its tag it cannot tell whose it was.
+    So it is when the keeper is the same one ever since, and lives: it reaps nothing without a record.
     """
-    if spec.incarnation < node.kept_since or any(node.spool.recorded(UNKNOWN)):
+    if spec.incarnation < node.kept_since:
         return False
-    tag, kept = node.tag(spec), proc.children(keeper.pid())
-    dead = (pid for pid in kept if (stat := proc.read_stat(pid)) is not None and stat.dead and stat.session == pid)
-    return not any(proc.read_tag(pid) is None for pid in dead) and not any(
-        proc.read_tag(pid) == tag for pid in proc.all_pids()
+    tag = node.tag(spec)
+    return not any(proc.read_tag(pid) == tag for pid in proc.all_pids()) and (
+        not any(node.spool.recorded(tag)) and keeper.lives()
     )
 
 
@@ -167,8 +186,8 @@ def _tidy(node: Node, specs: Iterable[JobSpec]) -> None:
         if path.name not in kept:
             path.unlink(missing_ok=True)
     tags = {node.tag(spec) for spec in specs}
-    if any(run.lost is not None for run in node.runs.values()):
-        tags.add(UNKNOWN)  # what says that they may have run, until their ends are committed
+    if node.runs:
+        tags.add(UNKNOWN)  # how one of them ended, or what says that they may have run, until that is committed
     for tag in node.spool.recorded_tags() - tags:
         node.spool.remove_records(tag)
     for tag in node.spool.granted_tags() - tags:

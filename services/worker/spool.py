@@ -118,7 +118,12 @@ class Spool:
 
     def keeps(self, pid: int) -> bool:
         """Whether a process is one of the keepers."""
-        return any(path.name.endswith(f"-{pid}") and _lives(path.name) for path in (self.folder / "keepers").iterdir())
+        return pid in self.keepers()
+
+    def keepers(self) -> set[int]:
+        """The keepers that live."""
+        names = (path.name for path in (self.folder / "keepers").iterdir())
+        return {int(name.partition("-")[2]) for name in names if _lives(name)}
 
     def lock(self, node: str, keeper: int, incarnation: int) -> int | None:
         """Take the lock, for as long as this process lives; None when another worker has it.
@@ -133,7 +138,8 @@ class Spool:
             return None
         mine, kept, before = proc.read_stat(os.getpid()), proc.read_stat(keeper), self._last()
         own = (keeper, kept.start) if kept and mine and mine.parent == keeper else (0, 0)
-        since = before.since if before and own[0] and own == (before.keeper, before.keeper_start) else incarnation
+        kept_on = before is not None and own[0] and own == (before.keeper, before.keeper_start)
+        since = before.since if before and kept_on and self.is_of_this_boot() else incarnation
         os.ftruncate(descriptor, 0)
         words = (os.getpid(), mine.start if mine else 0, *own, since, node)
         os.pwrite(descriptor, " ".join(map(str, words)).encode(), 0)
@@ -182,12 +188,12 @@ class Spool:
                 path.unlink(missing_ok=True)
 
     def record(self, tag: int, leader: Leader) -> Exit | None:
-        """How a session leader ended, if that is written."""
-        try:
-            word, number = self._record_path(tag, leader).read_text(encoding="ascii").split()
-        except FileNotFoundError:
-            return None
-        return exit_of(int(number) if word == "exited" else -int(number))
+        """How a session leader ended, if that is written; it may have taken off its tag."""
+        for written in (tag, UNKNOWN):
+            with suppress(FileNotFoundError):
+                word, number = self._record_path(written, leader).read_text(encoding="ascii").split()
+                return exit_of(int(number) if word == "exited" else -int(number))
+        return None
 
     def recorded(self, tag: int) -> Iterator[Leader]:
         """The session leaders with a tag whose ends are written."""

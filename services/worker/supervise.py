@@ -131,15 +131,20 @@ async def _start(node: Node, spec: JobSpec) -> process.Process:
         script = node.scripts.write(spec.job_id, spec.attempt, spec.script)
         crash.here("worker.written")
         command, environment = command_and_environment(node.host, spec, paths, script)
-        started = await process.start(
-            command,
-            env=environment,
-            cwd=directory,
-            stdout_fd=stdout,
-            stderr_fd=stderr,
-            tag=node.tag(spec),
-            mark=environment[MARK],
-        )
+        try:
+            started = await process.start(
+                command,
+                env=environment,
+                cwd=directory,
+                stdout_fd=stdout,
+                stderr_fd=stderr,
+                tag=node.tag(spec),
+                mark=environment[MARK],
+            )
+        except process.LaunchFailed as error:
+            if error.pid is not None:
+                files.mark_started(script, error.pid)
+            raise
     files.mark_started(script, started.pid)
     return started
 

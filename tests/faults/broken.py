@@ -173,7 +173,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "daemon-taken-for-script": Defect(
         "whatever leads a session of a job is taken for its script",
-        lambda: _code(recover, "_the_script", "if started is None:", "if candidates:"),
+        lambda: _code(recover, "_taken_over", "if started is None else", "if candidates else"),
         "a_daemon_outlives_its_script_and_their_keeper",
     ),
     "unstarted-called-lost": Defect(
