@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
@@ -10,11 +11,13 @@ from uuid import uuid4
 import pytest
 
 from core.documents import JobDocument
+from core.errors import SettingsError
+from services.worker.node import hold_spool
 from services.worker.proc import read_stat
 from services.worker.spool import Exit, Leader, Spool
 from tests.builders import settings_for
 from tests.conftest import Databases
-from tests.system import System, alive_with, beside, cmdline, running, until
+from tests.system import ROOT, System, alive_with, beside, cmdline, running, until
 
 pytestmark = pytest.mark.anyio
 
@@ -290,6 +293,62 @@ async def test_two_nodes_need_two_spools(system: System) -> None:
     other = system.start("worker", "other", NODE_NAME="other", DATA_DIR=str(data_of(system)))
     assert await other.wait() == 2
     assert f"is in use by the worker of node {system.node}" in (system.folder / "other.err").read_text()
+
+
+async def test_what_a_node_left_running_is_not_another_nodes_to_end(system: System) -> None:
+    """Its host was renamed, say. Once nothing of it is left, the spool becomes the other's."""
+    job_id = await up(system, WAITS + "exit 41")
+    system.children[-1].process.send_signal(signal.SIGTERM)
+    await system.children[-1].wait()
+    renamed = f"{system.node}-renamed"
+    other = system.start("worker", "other", NODE_NAME=renamed, DATA_DIR=str(data_of(system)))
+    assert await other.wait() == 2
+    said = (system.folder / "other.err").read_text()
+    assert f"holds scripts of node {system.node}, which may still run: NODE_NAME={renamed} needs" in said
+    assert f"or should be {system.node}" in said
+    assert "Traceback" not in said
+    system.start_worker(system.node, 16)
+    let_go(system, job_id)
+    assert await ended(system, job_id) == ("FAILED", 41, None)
+    assert (await system.api.job(job_id))["attempt"] == 1
+    assert (await system.api.logs(job_id)).count(b"up") == 1
+    system.children[-1].process.send_signal(signal.SIGTERM)
+    await system.children[-1].wait()
+    system.start("worker", "other", NODE_NAME=renamed, DATA_DIR=str(data_of(system)))
+    await system.node_is(renamed)
+
+
+HOLDS = """
+import os, sys
+from pathlib import Path
+from services.worker.spool import Spool
+spool = Spool(Path(sys.argv[1]))
+spool.open()
+print(spool.lock("n1", os.getppid(), 1), flush=True)
+sys.stdin.read()
+"""
+
+
+async def test_two_nodes_that_passed_the_check_together_do_not_kill_each_other(tmp_path: Path) -> None:
+    spool, pipe = Spool(tmp_path / "scripts"), asyncio.subprocess.PIPE
+    first = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", HOLDS, str(spool.script_dir), stdin=pipe, stdout=pipe, cwd=ROOT
+    )
+    assert first.stdin is not None
+    assert first.stdout is not None
+    assert await first.stdout.readline() == b"1\n"
+    with pytest.raises(SettingsError, match=r"in use by the worker of node n1: .*; NODE_NAME=n2"):
+        await hold_spool(spool, "n2", 7, -1)
+    script = spool.script_dir / "job-7.1"
+    script.touch()
+    first.stdin.close()
+    assert await first.wait() == 0
+    with pytest.raises(SettingsError, match=r"holds scripts of node n1, .* NODE_NAME=n2 needs .*, or should be n1"):
+        await hold_spool(spool, "n2", 7, -1)
+    script.unlink()
+    assert await hold_spool(spool, "n2", 7, -1) == 7
+    script.touch()
+    assert spool.node_of_scripts() == "n2"
 
 
 async def test_a_frozen_worker_is_replaced_for_good(system: System) -> None:

@@ -26,7 +26,7 @@ from services.worker.file_server import FileServer
 from services.worker.files import Scripts
 from services.worker.launch import describe_host
 from services.worker.process import Script
-from services.worker.spool import Spool
+from services.worker.spool import Holder, Spool
 
 POOL_SIZE = 2
 LOCK_PAUSE_SECONDS = 0.05
@@ -162,7 +162,7 @@ class Node:
 
 
 async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExitStack) -> Node:
-    """Become the node's worker; what is opened for that is closed with `stack`. Raises NodeNameTaken."""
+    """Become the node's worker; what is opened for that is closed with `stack`. Raises NodeNameTaken, SettingsError."""
     check_spool(spool, settings.node_name)
     pool = await open_pool(settings, "worker", POOL_SIZE, **PLANNED_ONCE)
     stack.callback(pool.terminate)
@@ -203,14 +203,24 @@ def describe_node(settings: Settings, host: Host, address: str, secret: str) -> 
     )
 
 
-def check_spool(spool: Spool, node: str) -> None:
-    """Raise SettingsError when the worker of another node is at work in this spool."""
+def check_spool(spool: Spool, node: str) -> Holder | None:
+    """Answer the worker that is at work in this spool, if one is.
+
+    Raises SettingsError when it is another node's, or scripts of another node lie here: whatever of them runs on
+    would be taken for stale.
+    """
     holder = spool.holder()
     if holder is not None and holder.node != node:
         raise SettingsError(
             f"SCRIPT_DIR={spool.script_dir} is in use by the worker of node {holder.node}: each node needs a SCRIPT_DIR"
             f" (or a DATA_DIR) of its own; NODE_NAME={node}"
         )
+    if (other := spool.node_of_scripts()) not in (None, node):
+        raise SettingsError(
+            f"SCRIPT_DIR={spool.script_dir} holds scripts of node {other}, which may still run: NODE_NAME={node} needs"
+            f" a SCRIPT_DIR (or a DATA_DIR) of its own, or should be {other}"
+        )
+    return holder
 
 
 async def hold_spool(spool: Spool, node: str, incarnation: int, patience: float) -> int:
@@ -219,10 +229,12 @@ async def hold_spool(spool: Spool, node: str, incarnation: int, patience: float)
     An older worker stops by itself once it hears of its successor. One that does not, frozen perhaps, is killed:
     until it is gone nobody can tell whether it starts something. Its jobs go on, under its keeper, which is told
     not to start it again. Answers since which incarnation this worker's keeper has kept them all.
+    Raises SettingsError as `check_spool` does: another node's worker may have come first, since that was asked.
     """
     deadline = asyncio.get_running_loop().time() + patience
     while (since := spool.lock(node, keeper.pid(), incarnation)) is None:
-        if asyncio.get_running_loop().time() > deadline and (holder := spool.holder()) is not None:
+        holder = check_spool(spool, node)
+        if holder is not None and asyncio.get_running_loop().time() > deadline:
             structlog.get_logger().warning("older_worker_killed", pid=holder.pid)
             spool.kill(holder)
         await asyncio.sleep(LOCK_PAUSE_SECONDS)

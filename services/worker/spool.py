@@ -4,6 +4,7 @@
 
     SCRIPT_DIR/job-7.1                     the script of attempt 1 of job 7, from before its start to after its end
     SCRIPT_DIR/.spool/id                   the identity of this directory
+    SCRIPT_DIR/.spool/node                 the node whose worker had the lock last: its are the scripts
     SCRIPT_DIR/.spool/boot                 the boot (and PID namespace) that everything here belongs to
     SCRIPT_DIR/.spool/lock                 held by the worker while it lives: who it is, whose child, and since when
     SCRIPT_DIR/.spool/replaced/START-PID   a worker that its successor had to kill: its keeper is not to start it again
@@ -126,7 +127,8 @@ class Spool:
         return {int(name.partition("-")[2]) for name in names if _lives(name)}
 
     def lock(self, node: str, keeper: int, incarnation: int) -> int | None:
-        """Take the lock, for as long as this process lives; None when another worker has it.
+        """Take the lock, for as long as this process lives; None when another worker has it, or scripts of another
+        node lie here.
 
         Answers since which incarnation whoever had it was a child of the same keeper.
         """
@@ -136,6 +138,10 @@ class Spool:
         except BlockingIOError:
             os.close(descriptor)
             return None
+        if self.node_of_scripts() not in (None, node):
+            os.close(descriptor)
+            return None
+        _replace(self.folder / "node", node)  # whole, unlike the lock's own text
         mine, kept, before = proc.read_stat(os.getpid()), proc.read_stat(keeper), self._last()
         own = (keeper, kept.start) if kept and mine and mine.parent == keeper else (0, 0)
         kept_on = before is not None and own[0] and own == (before.keeper, before.keeper_start)
@@ -144,6 +150,13 @@ class Spool:
         words = (os.getpid(), mine.start if mine else 0, *own, since, node)
         os.pwrite(descriptor, " ".join(map(str, words)).encode(), 0)
         return since  # the descriptor stays open
+
+    def node_of_scripts(self) -> str | None:
+        """Whose scripts lie here, if any do: that node alone knows which of them still run."""
+        with suppress(FileNotFoundError):  # no worker has had the lock yet
+            if any(self.script_dir.glob("job-*")):
+                return (self.folder / "node").read_text(encoding="utf-8")
+        return None
 
     def holder(self) -> "Holder | None":
         """The living worker that has the lock, if one has."""
