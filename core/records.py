@@ -118,6 +118,8 @@ class JobSpec:
     """Whether the worker's own spool started it, so that the spool knows what became of it."""
     incarnation: int = 0
     """Of the worker that started it, for one that another worker finds."""
+    cancel_requested: bool = False
+    """Whether its cancel was requested before it was found RUNNING."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -553,6 +553,22 @@ async def test_what_another_machine_may_still_run_is_not_started_again_before_th
     assert (await attempt(node, runs[again], log)).state is State.PENDING
 
 
+@pytest.mark.parametrize("find", [recover, claim.look_once])
+async def test_what_was_never_started_and_is_to_be_cancelled_is_not_started(
+    node: Node, connection: asyncpg.Connection, find: Callable[[Node, Callable[[Run], None]], Awaitable[Any]]
+) -> None:
+    """Only its start was committed, or the answer to that never came."""
+    kept, cancelled = await started(connection), await started(connection)
+    assert await jobs.request_cancel(connection, cancelled)
+    begun: dict[Run, bool] = {}
+    await find(node, lambda run: begun.update({run: run.cancelled}))
+    assert {run.attempt: known for run, known in begun.items()} == {kept: False, cancelled: True}
+    [run] = [run for run, known in begun.items() if known]
+    ending = await attempt(node, run, structlog.get_logger())
+    assert (ending.state, run.script) == (State.CANCELLED, None)
+    assert await write_endings(node, [ending]) == [True]
+
+
 async def test_in_silence_a_worker_ends_what_may_be_requeued(node: Node, connection: asyncpg.Connection) -> None:
     granted, kept = await a_run(node, connection, requeue=True), await a_run(node, connection)
     over = await a_run(node, connection, requeue=True)

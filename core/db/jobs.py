@@ -301,7 +301,7 @@ _RUNNING = """
 SELECT j.job_id, j.attempt, j.restart_cnt, j.name, j.account, j.partition, j.tasks, j.cpus_per_task, j.cpus,
        j.memory_mib, j.time_limit_seconds, j.requeue, j.start_time, s.script, s.environment,
        s.current_working_directory, s.standard_output, s.standard_error, s.cpus_per_task_given, s.tasks_per_node_given,
-       j.incarnation >= l.spool_since AS ours, j.incarnation
+       j.incarnation >= l.spool_since AS ours, j.incarnation, j.cancel_requested_time IS NOT NULL AS cancel_requested
 FROM unnest($1::bigint[], $2::int[]) AS t (job_id, attempt)
 JOIN jobs j USING (job_id, attempt) JOIN job_specs s USING (job_id)
 JOIN node_leases l ON l.node = $3 AND l.incarnation = $4

@@ -65,6 +65,9 @@ class Run:
     """Seconds for which a lost one may still run on another machine."""
     _patience: asyncio.Timeout | None = None
 
+    def __post_init__(self) -> None:
+        self.cancelled |= self.spec.cancel_requested
+
     @property
     def attempt(self) -> Attempt:
         """What it is an attempt of."""

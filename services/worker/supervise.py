@@ -64,6 +64,8 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
         await asyncio.sleep(run.may_run_for)
         return _gone(node, run, f"it may have run, and nobody can tell how it ended: {run.lost}")
     if run.script is None:
+        if run.cancelled:  # an earlier worker committed its start, and got no further
+            return _ending(run.spec, State.CANCELLED, Reason.NONE)
         try:
             run.script = await _start(node, run.spec)
             crash.here("worker.spawned")
