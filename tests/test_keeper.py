@@ -248,15 +248,27 @@ async def test_another_spool_is_refused_while_the_lease_lives(system: System) ->
 
 
 async def test_a_node_taken_over_with_another_spool_runs_nothing_again(system: System) -> None:
-    """The first worker is gone and its job goes on: a worker with another SCRIPT_DIR cannot know what became of it."""
+    """The first worker is gone: one with another SCRIPT_DIR is refused while its job goes on, then calls it lost."""
     job_id = await up(system, WAITS)
     system.children[-1].process.send_signal(signal.SIGTERM)
     await system.children[-1].wait()
+    refused = system.start("worker", "refused", DATA_DIR=str(system.folder / "elsewhere"))
+    assert await refused.wait() == 2
+    said = (system.folder / "refused.err").read_text()
+    assert f"NODE_NAME={system.node}: job {job_id} of this node runs here (process " in said
+    assert (await system.api.job(job_id))["state"] == "RUNNING"
+    let_go(system, job_id)
+    await until(lambda: gone(system, job_id), "the script has ended")
     system.start("worker", "other", DATA_DIR=str(system.folder / "elsewhere"))
     job = await system.api.wait(job_id, timeout_seconds=60)
     assert (job["state"], job["state_reason"], job["attempt"]) == ("NODE_FAIL", "SystemFailure", 1)
     assert (data_of(system) / f"jobs/{job_id}/slurm-{job_id}.out").read_text().count("up") == 1
     assert not list((system.folder / "elsewhere").glob("jobs/*"))
+
+
+async def gone(system: System, job_id: int) -> bool:
+    """Whether no process runs the script of a job."""
+    return not alive_with(str(data_of(system) / f"scripts/job-{job_id}.1"))
 
 
 async def test_a_script_that_takes_off_its_tag_is_not_run_twice(system: System) -> None:

@@ -14,14 +14,23 @@ import structlog
 
 from core import __version__, crash
 from core.cancellation import pause
-from core.db import nodes, schema
-from core.db.connection import CONNECTION_ERRORS, PLANNED_ONCE, RETRY_SECONDS, Line, Pool, describe, open_pool
+from core.db import allocations, nodes, schema
+from core.db.connection import (
+    CONNECTION_ERRORS,
+    PLANNED_ONCE,
+    RETRY_SECONDS,
+    Connection,
+    Line,
+    Pool,
+    describe,
+    open_pool,
+)
 from core.errors import NodeNameTaken, SettingsError
 from core.records import Attempt, Ending, JobSpec, NodeSpec
 from core.settings import Settings
 from core.wakeup import Wakeup
 from services.worker import keeper, proc
-from services.worker.environment import Host
+from services.worker.environment import MARK, Host, read_mark
 from services.worker.file_server import FileServer
 from services.worker.files import Scripts
 from services.worker.launch import describe_host
@@ -245,7 +254,7 @@ async def hold_spool(spool: Spool, node: str, incarnation: int, patience: float)
 
 
 async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> tuple[int, float]:
-    """Register the node, waiting for PostgreSQL as long as it takes. Raises NodeNameTaken.
+    """Register the node, waiting for PostgreSQL as long as it takes. Raises NodeNameTaken and SettingsError.
 
     Answers the incarnation, and when it was asked for, by `proc.now`.
     """
@@ -254,6 +263,7 @@ async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> tuple[int,
         asked = proc.now()
         try:
             async with pool.acquire() as connection, connection.transaction():
+                await check_processes(connection, spec)
                 incarnation = await nodes.register(connection, spec, settings.lease_seconds)
                 holder = None if incarnation is not None else await nodes.holder(connection, spec.name)
         except (asyncpg.ForeignKeyViolationError, *CONNECTION_ERRORS) as error:  # the first: forgotten at this moment
@@ -269,6 +279,23 @@ async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> tuple[int,
             )
         log.info("node_registered", node=spec.name, cpus=spec.cpus, incarnation=incarnation)
         return incarnation, asked
+
+
+async def check_processes(connection: Connection, spec: NodeSpec) -> None:
+    """Raise SettingsError while jobs of this node run on this very machine that another spool has started.
+
+    Of them this worker would know nothing: it would call them lost, and give their CPUs to others.
+    """
+    before = await nodes.holder(connection, spec.name)
+    if before is None or before.spool_id == spec.spool_id:
+        return
+    held = {(h.job_id, h.attempt, before.spool_id) for h in await allocations.of_node(connection, spec.name)}
+    for pid in proc.all_pids() if held else ():
+        if (named := read_mark(proc.read_variable(pid, MARK))) in held and named is not None:
+            raise SettingsError(
+                f"NODE_NAME={spec.name}: job {named[0]} of this node runs here (process {pid}) and belongs to another"
+                " SCRIPT_DIR (or DATA_DIR): start the worker with that one, or wait until it has ended"
+            )
 
 
 async def heartbeat_once(node: Node) -> int:

@@ -152,9 +152,9 @@ class Spool:
         return since  # the descriptor stays open
 
     def node_of_scripts(self) -> str | None:
-        """Whose scripts lie here, if any do: that node alone knows which of them still run."""
+        """Whose scripts of this boot lie here, if any do: that node alone knows which of them still run."""
         with suppress(FileNotFoundError):  # no worker has had the lock yet
-            if any(self.script_dir.glob("job-*")):
+            if self.is_of_this_boot() and any(self.script_dir.glob("job-*")):
                 return (self.folder / "node").read_text(encoding="utf-8")
         return None
 

@@ -360,9 +360,9 @@ async def second_worker(run: Run) -> Struck | None:
 async def freeze_worker(run: Run) -> Struck | None:
     """Met: the attempts on its node; it is given nothing from the end of its lease on."""
     role = _a_worker(run)
-    pid = run.cluster.worker_pid(role)
-    if pid is None:
-        return None
+    holder = Spool(run.cluster.spool_of(role) / "scripts").holder()
+    if holder is None or holder.pid != (pid := run.cluster.worker_pid(role)):
+        return None  # it has not registered yet, and an older one may still be heard
     met = await _on_node(run, role)
     lease = run.cluster.system.settings.lease_seconds
     os.kill(pid, signal.SIGSTOP)
