@@ -105,9 +105,17 @@ class Client:
                 return
             page = await self.jobs(**{**query, "cursor": page["next_cursor"]})
 
-    async def logs(self, job_id: int, stream: Literal["stdout", "stderr"] = "stdout", *, offset: int = 0) -> bytes:
-        """The output from `offset` on, as far as it is written."""
-        query: dict[str, str | int] = {"stream": stream, "offset": offset}
+    async def logs(
+        self,
+        job_id: int,
+        stream: Literal["stdout", "stderr"] = "stdout",
+        *,
+        attempt: int | None = None,
+        offset: int = 0,
+    ) -> bytes:
+        """The output, or that of one attempt alone, from `offset` on, as far as it is written."""
+        alone = {} if attempt is None else {"attempt": attempt}
+        query: dict[str, str | int] = {"stream": stream, "offset": offset, **alone}
         return await self._bytes("GET", f"/api/v1/jobs/{job_id}/logs", query=query)
 
     async def script(self, job_id: int) -> str:

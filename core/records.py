@@ -123,6 +123,17 @@ class JobSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """Where the output of a restart begins in its files, in bytes; None where there is no such file yet."""
+
+    job_id: int
+    attempt: int
+    restart_cnt: int
+    stdout_begin: int | None
+    stderr_begin: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Ending:
     """How an attempt ended, as its worker reports it. At most one of `exit_code` and `signal` is set."""
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from core.db import allocations, jobs, nodes, pending
+from core.db import allocations, jobs, nodes, outputs, pending
 from core.db.connection import Connection
 from core.policy import plan
-from core.records import Attempt, Ending, JobSpec, NewJob, NodeSpec, Placement
+from core.records import Attempt, Ending, JobSpec, NewJob, NodeSpec, Output, Placement
 from core.settings import Settings
 from core.states import Reason, State
 
@@ -111,8 +111,12 @@ async def give(connection: Connection, job_id: int, node: str = "n1", cpus: int 
 
 
 async def start(connection: Connection, *attempts: Attempt, node: str = "n1", incarnation: int = 1) -> list[JobSpec]:
-    """Start attempts on behalf of a node's worker."""
-    return await jobs.start(connection, attempts, node=node, incarnation=incarnation)
+    """Start attempts on behalf of a node's worker, before anybody can end them; what restarts append to is empty."""
+    async with connection.transaction():
+        specs = await jobs.start(connection, attempts, node=node, incarnation=incarnation)
+        begun = [Output(spec.job_id, spec.attempt, spec.restart_cnt, 0, 0) for spec in specs if spec.restart_cnt > 0]
+        assert len(await outputs.store(connection, begun, node=node, incarnation=incarnation)) == len(begun)
+    return specs
 
 
 async def finish(

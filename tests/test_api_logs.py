@@ -11,13 +11,15 @@ from typing import Any
 import aiohttp
 import pytest
 
+from core.db import allocations, jobs, nodes, outputs
 from core.db.connection import open_pool
-from core.records import Attempt
+from core.records import Attempt, Ending, Output
 from core.settings import Settings
-from core.states import State
+from core.states import Reason, State
 from services.api import logs
+from services.worker import files
 from services.worker.file_server import FileServer
-from services.worker.launch import describe_host
+from services.worker.launch import describe_host, paths_of
 from tests.api import JOBS, Answer, Api, answers_in, api_of_a_module, check_problem, request_bytes, send_raw
 from tests.builders import a_node, finish, give, register, start
 from tests.conftest import Databases
@@ -26,6 +28,8 @@ pytestmark = pytest.mark.anyio
 
 SECRET = "s3cr3t of the node"  # noqa: S105
 TEN = b"0123456789"
+LETTERS = b"abcdefghij"
+TO_LETTERS = bytes.maketrans(TEN, LETTERS)
 # No text in any encoding, with line ends that must stay as they are.
 BYTES = bytes(range(256)) * 3 + b"\r\n\xff\xfe\r"
 
@@ -48,11 +52,34 @@ class Node:
 
     async def run(self, output: bytes | None = None, **fields: Any) -> Attempt:
         """A job that runs and has written `output`; None: nothing is open yet."""
-        attempt = await give(self.api.database, (await self.api.submit(**fields))["job_id"], self.name)
+        attempt = await give(self.api.database, (await self.api.submit(requeue=True, **fields))["job_id"], self.name)
         assert await start(self.api.database, attempt, node=self.name, incarnation=self.incarnation)
         if output is not None:
             write(self.file(attempt), output)
         return attempt
+
+    async def went_back(self, attempt: Attempt, *, ran: bool = True) -> None:
+        """The attempt's end, with which its job waits again."""
+        reason = Reason.NONE if ran else Reason.RESOURCES
+        ending = Ending(attempt.job_id, attempt.attempt, State.PENDING, reason, ran=ran)
+        running = State.RUNNING
+        assert await allocations.release(self.api.database, [ending], node=self.name, before=running)
+
+    async def again(self, attempt: Attempt, output: bytes | None = None, errors: bytes | None = None) -> Attempt:
+        """The next attempt of a job that went back, which runs here and has written."""
+        database = self.api.database
+        again = await give(database, attempt.job_id, self.name)
+        [spec] = await jobs.start(database, [again], node=self.name, incarnation=self.incarnation)
+        paths = paths_of(self.settings, describe_host(self.settings, "spool of files"), spec)
+        if spec.restart_cnt > 0:
+            streams = (paths.standard_output, paths.standard_error)
+            begins = [files.length(self.settings.roots, path) for path in streams]
+            begun = Output(spec.job_id, spec.attempt, spec.restart_cnt, *begins)
+            assert await outputs.store(database, [begun], node=self.name, incarnation=self.incarnation)
+        for path, content in ((paths.standard_output, output), (paths.standard_error, errors)):
+            if content is not None:
+                write(Path(path), content)
+        return again
 
     def file(self, attempt: Attempt, name: str = "slurm-{}.out") -> Path:
         """A file in the job's own directory."""
@@ -100,7 +127,7 @@ async def elsewhere(node: Node) -> Callable[[str], Any]:
         base = str(node.settings.work_base_dir)
         spec = a_node(name, address=address, secret=secret, work_base_dir=base)
         await register(node.api.database, spec)
-        attempt = await give(node.api.database, (await node.api.submit())["job_id"], name)
+        attempt = await give(node.api.database, (await node.api.submit(requeue=True))["job_id"], name)
         assert await start(node.api.database, attempt, node=name)
         if lease_seconds < 0:
             await register(node.api.database, spec, lease_seconds=lease_seconds)
@@ -290,6 +317,213 @@ async def test_a_client_that_leaves_in_the_middle(node: Node) -> None:
     await reader.readexactly(1000)
     writer.transport.abort()
     check_output(await node.api.get(logs_of(attempt, "?tail=3")), BYTES[-3:])
+
+
+# --- one attempt's bytes
+
+
+@pytest.fixture
+async def twice(node: Node) -> Attempt:
+    """The second of two attempts: each has written ten bytes, and it runs."""
+    first = await node.run(TEN)
+    await node.went_back(first)
+    return await node.again(first, LETTERS)
+
+
+@pytest.mark.parametrize(
+    ("query", "content"),
+    [
+        ("attempt=1", TEN),
+        ("attempt=2", LETTERS),
+        ("attempt=1&stream=stderr", TEN),
+        ("attempt=2&stream=stderr", LETTERS),
+        ("attempt=01", TEN),
+        ("attempt=1&offset=4", b"456789"),
+        ("attempt=1&offset=10", b""),
+        ("attempt=1&offset=11", b""),
+        ("attempt=1&tail=3", b"789"),
+        ("attempt=1&tail=11", TEN),
+        ("attempt=1&tail=0", b""),
+        ("attempt=2&offset=4", b"efghij"),
+        ("attempt=2&tail=3", b"hij"),
+        ("attempt=2&tail=11", LETTERS),
+        ("", TEN + LETTERS),
+    ],
+)
+async def test_the_bytes_of_an_attempt(node: Node, twice: Attempt, query: str, content: bytes) -> None:
+    check_output(await node.api.get(logs_of(twice, f"?{query}")), content)
+    head = await node.api.ask("HEAD", logs_of(twice, f"?{query}"))
+    assert (head.status, head.headers["Content-Length"]) == (200, str(len(content)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "content", "shown"),
+    [
+        ("bytes=2-4", b"234", "bytes 2-4/10"),
+        ("bytes=5-100", b"56789", "bytes 5-9/10"),
+        ("bytes=-4", b"6789", "bytes 6-9/10"),
+        ("bytes=-100", TEN, "bytes 0-9/10"),
+    ],
+)
+async def test_a_range_of_an_attempt(node: Node, twice: Attempt, asked: str, content: bytes, shown: str) -> None:
+    for number, written in ((1, content), (2, content.translate(TO_LETTERS))):
+        answer = await node.api.get(logs_of(twice, f"?attempt={number}"), headers={"Range": asked})
+        check_output(answer, written, 206)
+        assert answer.headers["Content-Range"] == shown
+    answer = await node.api.get(logs_of(twice, "?attempt=1"), headers={"Range": "bytes=10-"})
+    check_problem(answer, 416, "does not reach that far")
+    assert answer.headers["Content-Range"] == "bytes */10"
+
+
+async def test_an_attempt_that_runs_is_followed_by_its_offset(node: Node, twice: Attempt) -> None:
+    for number, line in enumerate((b"one\n", b"two\n", b"\n", b"three")):
+        write(node.file(twice), line)
+        found = (await node.api.get(logs_of(twice, "?attempt=2&offset=10"))).body
+        assert (found.endswith(line), found.count(b"\n")) == (True, min(number + 1, 3))
+        check_output(await node.api.get(logs_of(twice, "?attempt=1")), TEN)
+
+
+async def test_what_an_attempt_writes_while_the_one_before_it_is_read(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the tables and the look at the file."""
+    first = await node.run(TEN)
+    await node.went_back(first)
+    starts, looks = outputs.starts, itertools.count(1)
+
+    async def then_another_starts(connection: Any, job_id: int) -> Any:
+        found = await starts(connection, job_id)
+        if next(looks) == 2:  # the worker's first one; the API's comes before
+            await node.again(first, LETTERS)
+        return found
+
+    monkeypatch.setattr(outputs, "starts", then_another_starts)
+    check_output(await node.api.get(logs_of(first, "?attempt=1")), TEN)
+    check_output(await node.api.get(logs_of(first, "?attempt=2")), LETTERS)
+
+
+async def test_each_stream_has_its_own_beginning(node: Node) -> None:
+    first = await node.run(TEN, standard_error="errors")
+    write(node.file(first, "errors"), b"err")
+    await node.went_back(first)
+    second = await node.again(first, LETTERS, b"more errors")
+    for number, out, err in ((1, TEN, b"err"), (2, LETTERS, b"more errors")):
+        check_output(await node.api.get(logs_of(second, f"?attempt={number}")), out)
+        check_output(await node.api.get(logs_of(second, f"?attempt={number}&stream=stderr")), err)
+
+
+async def test_each_restart_may_have_a_file_of_its_own(node: Node) -> None:
+    first = await node.run(standard_output="out.%r", standard_error="errors")
+    write(node.file(first, "out.0"), TEN)
+    write(node.file(first, "errors"), b"err")
+    await node.went_back(first)
+    second = await node.again(first, LETTERS, b"more")
+    await node.went_back(second)
+    third = await node.again(second, b"third", b"still more")
+    for number, out, err in ((1, TEN, b"err"), (2, LETTERS, b"more"), (3, b"third", b"still more")):
+        check_output(await node.api.get(logs_of(third, f"?attempt={number}")), out)
+        check_output(await node.api.get(logs_of(third, f"?attempt={number}&stream=stderr")), err)
+    check_output(await node.api.get(logs_of(third)), b"third")
+
+
+async def test_of_a_job_that_waits_again_each_attempt_is_there(node: Node) -> None:
+    first = await node.run(TEN)
+    await node.went_back(first)
+    check_output(await node.api.get(logs_of(first)), b"")
+    check_output(await node.api.get(logs_of(first, "?attempt=1")), TEN)
+
+
+async def test_an_attempt_that_never_started_has_written_nothing(node: Node) -> None:
+    """Before the first that ran, between two, and as the last one; one that is on its way as well."""
+    job_id = (await node.api.submit(requeue=True))["job_id"]
+    placed = await give(node.api.database, job_id, node.name)
+    never_claimed = Ending(job_id, placed.attempt, State.PENDING, Reason.NONE)
+    assert await allocations.release(node.api.database, [never_claimed], node=node.name, before=State.CONFIGURING)
+    second = await node.again(placed)
+    await node.went_back(second, ran=False)
+    third = await node.again(second, TEN)
+    await node.went_back(third)
+    fourth = await node.again(third)
+    await node.went_back(fourth, ran=False)
+    fifth = await node.again(fourth, LETTERS)
+    await node.went_back(fifth)
+    sixth = await give(node.api.database, job_id, node.name)
+    for number, content in ((1, b""), (2, b""), (3, TEN), (4, b""), (5, LETTERS), (6, b"")):
+        check_output(await node.api.get(logs_of(sixth, f"?attempt={number}")), content)
+    incarnation = node.incarnation
+    assert await jobs.start(node.api.database, [sixth], node=node.name, incarnation=incarnation)  # and has not said
+    check_output(await node.api.get(logs_of(sixth, "?attempt=6")), b"")
+
+
+async def test_bytes_that_somebody_removed(node: Node) -> None:
+    first = await node.run(TEN)
+    await node.went_back(first)
+    node.file(first).unlink()
+    second = await node.again(first, LETTERS)
+    check_output(await node.api.get(logs_of(second, "?attempt=1")), b"")
+    check_output(await node.api.get(logs_of(second, "?attempt=2")), LETTERS)
+    node.file(first).write_bytes(b"abc")
+    check_output(await node.api.get(logs_of(second, "?attempt=2")), b"abc")
+
+
+async def test_the_null_device_holds_nothing_of_any_attempt(node: Node) -> None:
+    first = await node.run(standard_output="/dev/null")
+    await node.went_back(first)
+    check_output(await node.api.get(logs_of(first, "?attempt=1")), b"")
+    second = await node.again(first)
+    check_output(await node.api.get(logs_of(second, "?attempt=2")), b"")
+
+
+async def test_an_attempt_is_asked_of_its_own_node(node: Node, elsewhere: Callable[..., Any]) -> None:
+    """Which may be away, or deleted, while the job's last one is there."""
+    async with answering(b"HTTP/1.1 200 OK\r\nAccept-Ranges: bytes\r\nContent-Length: 3\r\n\r\nold") as address:
+        first = await elsewhere(address)
+        name = (await node.api.job(first.job_id))["nodes"][0]
+        ending = Ending(first.job_id, first.attempt, State.PENDING, Reason.NONE)
+        assert await allocations.release(node.api.database, [ending], node=name, before=State.RUNNING)
+        second = await node.again(first, LETTERS)
+        check_output(await node.api.get(logs_of(second, "?attempt=1")), b"old")
+        check_output(await node.api.get(logs_of(second, "?attempt=2")), LETTERS)
+        check_output(await node.api.get(logs_of(second)), LETTERS)
+    await nodes.set_state(node.api.database, name, "DOWN", reason="burnt", by="operator")
+    check_unavailable(await node.api.get(logs_of(second, "?attempt=1")), "cannot be reached")
+    await node.api.database.execute("UPDATE node_leases SET lease_until = now() WHERE node = $1", name)
+    check_unavailable(await node.api.get(logs_of(second, "?attempt=1")), f"node {name}, which has the output, is down")
+    assert await nodes.forget(node.api.database, name)
+    check_problem(await node.api.get(logs_of(second, "?attempt=1")), 410, f"node {name}, which had the output, was")
+    check_output(await node.api.get(logs_of(second, "?attempt=2")), LETTERS)
+
+
+async def test_a_worker_shows_no_attempt_of_another_node(node: Node, elsewhere: Callable[..., Any]) -> None:
+    first = await elsewhere(node.address)
+    write(node.file(first), b"hunter2")
+    name = (await node.api.job(first.job_id))["nodes"][0]
+    ending = Ending(first.job_id, first.attempt, State.PENDING, Reason.NONE)
+    assert await allocations.release(node.api.database, [ending], node=name, before=State.RUNNING)
+    second = await node.again(first)
+    check_problem(await node.api.get(logs_of(second, "?attempt=1")), 404, "no such output")
+
+
+@pytest.mark.parametrize("attempt", ["0", "-1", "", "one", "1.0", "1e0", "%D9%A1", "9" * 20, "2147483648", "1;2"])
+async def test_what_can_be_no_attempt(node: Node, twice: Attempt, attempt: str) -> None:
+    answer = await node.api.get(logs_of(twice, f"?attempt={attempt}"))
+    check_problem(answer, 422, "should be a number from 1 to", "attempt", "parameter")
+
+
+async def test_an_attempt_that_the_job_has_not_had(node: Node, twice: Attempt) -> None:
+    for number in (3, 2147483647):
+        answer = await node.api.get(logs_of(twice, f"?attempt={number}"))
+        wanted = f"should be at most 2, the last attempt of job {twice.job_id}"
+        check_problem(answer, 422, wanted, "attempt", "parameter")
+    job_id = (await node.api.submit())["job_id"]
+    answer = await node.api.get(logs_of(Attempt(job_id, 1), "?attempt=1"))
+    check_problem(answer, 422, f"job {job_id} has had no attempt yet", "attempt", "parameter")
+    check_problem(await node.api.get(f"{JOBS}/999999999/logs?attempt=1"), 404, "no job 999999999")
+
+
+async def test_an_attempt_is_asked_for_once(node: Node, twice: Attempt) -> None:
+    answer = await node.api.get(logs_of(twice, "?attempt=1&attempt=2"))
+    check_problem(answer, 422, "should be given once", "attempt", "parameter")
 
 
 # --- what is not there

@@ -53,6 +53,21 @@ def test_truncates_or_appends(root: Path) -> None:
     assert path.read_text() == "three"
 
 
+def test_how_long_an_output_is_before_more_is_appended(root: Path) -> None:
+    """To look makes nothing; whatever may be appended to may be looked at."""
+    path = root / "a/b/out"
+    assert files.length([root], str(path)) is None
+    assert not (root / "a").exists()
+    put(root, path, "one")
+    path.chmod(0o200)
+    assert files.length([root], str(path)) == 3
+    assert files.length([root], files.NULL) is None
+    (root / "link").symlink_to(path)
+    for wrong in (root / "link", root / "a/b", root.parent / "outside/x"):
+        with pytest.raises(FileRefused):
+            files.length([root], str(wrong))
+
+
 def test_the_job_gets_an_ordinary_descriptor(root: Path) -> None:
     for _ in ("made", "found"):
         with files.Places([root]) as places:

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from core.db import allocations, jobs, nodes
+from core.db import allocations, jobs, nodes, outputs
 from core.db.audit import INVARIANTS
-from core.records import Attempt, Ending
+from core.records import Attempt, Ending, Output
 from core.states import FINAL, Reason, State
 from tests.builders import a_job, a_node, allocate, an_ending
 from tests.conftest import Databases
@@ -35,7 +35,7 @@ CPUS = st.integers(1, 4)
 HERE, GONE = "here", "gone"
 
 _EMPTY = """
-TRUNCATE jobs, job_specs, pending, allocations, job_events, node_leases, nodes RESTART IDENTITY CASCADE
+TRUNCATE jobs, job_specs, pending, allocations, outputs, job_events, node_leases, nodes RESTART IDENTITY CASCADE
 """
 
 _STATES = """
@@ -254,6 +254,18 @@ class Life(RuleBasedStateMachine):
         assert len(started) == len(expected)
         for attempt in expected:
             self.jobs[attempt.job_id].state = State.RUNNING
+        self._restarts_say_where_they_begin(list(expected), name, 0)
+        self._restarts_say_where_they_begin(self._some(data, State.RUNNING), name, data.draw(BACK))
+
+    def _restarts_say_where_they_begin(self, attempts: list[Attempt], name: str, back: int) -> None:
+        """Those that have just started, and others, on behalf of the current worker or the one before it."""
+        place = self.nodes.get(name)
+        incarnation = (place.incarnation if place else 1) - back
+        restarts = {a: self.jobs[a.job_id].restarts for a in attempts if a.job_id in self.jobs}
+        begun = [Output(a.job_id, a.attempt, count, 0, None) for a, count in restarts.items() if count > 0]
+        stored = self.do(outputs.store(self.db, begun, node=name, incarnation=incarnation))
+        fit = place is not None and back == 0
+        assert stored == {a for a, count in restarts.items() if fit and count > 0 and self._is(a, State.RUNNING, name)}
 
     def _some(self, data: st.DataObject, state: State) -> list[Attempt]:
         """Some of those that are in a state, and some that ever were, in any order."""
@@ -386,6 +398,8 @@ WRONG: list[tuple[ModuleType, str, str, str]] = [
     (jobs, "_START", "AND j.attempt = i.attempt", ""),
     (jobs, "_CANCEL_WAITING", "AND state = 'PENDING'", ""),
     (jobs, "_REQUEST_CANCEL", "AND attempt = $2", "AND $2 > 0"),
+    (outputs, "_STORE", "AND l.incarnation = $7", "AND $7::bigint IS NOT NULL"),
+    (outputs, "_STORE", "j.state = 'RUNNING' AND ", ""),
     (nodes, "_HEARTBEAT", "AND incarnation = $2", "AND $2 >= 0"),
 ]  # fmt: skip
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import structlog
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from core.db import allocations, jobs, nodes
+from core.batch import Batcher
+from core.db import allocations, jobs, nodes, outputs
 from core.db.connection import Pool
 from core.loss import MARGIN, Calm, Loss
-from core.records import Attempt, Job, Placement
+from core.records import Attempt, Job, Output, Placement
 from core.settings import Settings
 from core.states import State
 from services.scheduler import lose
@@ -28,7 +31,7 @@ from services.worker.files import Scripts
 from services.worker.launch import describe_host
 from services.worker.node import Node, Run, Superseded, heartbeat_once
 from services.worker.recover import recover
-from services.worker.report import write_endings
+from services.worker.report import write_endings, write_outputs
 from services.worker.spool import Exit, Spool
 from services.worker.supervise import attempt
 from tests.builders import a_job, a_node, allocate, an_ending, finish, give, register, start, state_of, submit
@@ -39,6 +42,8 @@ LONG = 60  # seconds within which everything is surely over
 LEASE = 5.0
 # With the grants of `a_node`: REQUEUE_AFTER, the grace period, the margin.
 REQUEUE = 60 + 1 + 10
+UNUSED: Any = None
+"""Who would store where a restart begins: nothing here is one, and what runs first has nothing to store."""
 
 
 class Patient(Watch):
@@ -544,13 +549,13 @@ async def test_what_another_machine_may_still_run_is_not_started_again_before_th
     assert {run.attempt: run.may_run_for for run in begun} == {again: REQUEUE, kept: 0}
     runs = {run.attempt: run for run in begun}
     log = structlog.get_logger()
-    assert (await attempt(node, runs[kept], log)).state is State.NODE_FAIL
-    waiting = asyncio.ensure_future(attempt(node, runs[again], log))
+    assert (await attempt(node, runs[kept], log, UNUSED)).state is State.NODE_FAIL
+    waiting = asyncio.ensure_future(attempt(node, runs[again], log, UNUSED))
     await asyncio.sleep(0.05)
     assert not waiting.done()
     waiting.cancel()
     runs[again].may_run_for = 0.0
-    assert (await attempt(node, runs[again], log)).state is State.PENDING
+    assert (await attempt(node, runs[again], log, UNUSED)).state is State.PENDING
 
 
 @pytest.mark.parametrize("find", [recover, claim.look_once])
@@ -664,13 +669,84 @@ async def test_what_the_keeper_ended_while_the_worker_was_frozen_goes_back(
     """Should it thaw before the scheduler has seen to that."""
     run = await a_run(node, connection, requeue=requeue)
     run.script = Killed()  # type: ignore[assignment]
-    assert (await attempt(node, run, structlog.get_logger())).state is State.FAILED
+    assert (await attempt(node, run, structlog.get_logger(), UNUSED)).state is State.FAILED
     node.spool.write_silence(node.tag(run.spec))
-    ending = await attempt(node, run, structlog.get_logger())
+    ending = await attempt(node, run, structlog.get_logger(), UNUSED)
     assert ending.state is (State.PENDING if requeue else State.FAILED)
     assert await write_endings(node, [ending]) == [True]
     job = await job_of(connection, run.attempt)
     assert (job.restart_cnt, job.exit_code) == (int(requeue), None)
+
+
+async def a_restart(node: Node, connection: asyncpg.Connection) -> Run:
+    """A run of a job whose script has run before."""
+    first = await a_run(node, connection, requeue=True)
+    assert await finish(connection, first.attempt, state=State.PENDING)
+    node.end(first)
+    again = await give(connection, first.spec.job_id)
+    [spec] = await jobs.start(connection, [again], node=node.name, incarnation=node.incarnation)
+    run = node.runs[again] = Run(spec)
+    return run
+
+
+@asynccontextmanager
+async def measuring(work: Callable[[Sequence[Output]], Awaitable[Sequence[bool]]]) -> AsyncIterator[Batcher[Any, bool]]:
+    """A worker's batches of where restarts begin."""
+    measure: Batcher[Output, bool] = Batcher(work, 10)
+    task = asyncio.create_task(measure.run())
+    try:
+        yield measure
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("end", "state"), [(Run.stop, State.PENDING), (Run.cancel, State.CANCELLED)])
+async def test_a_restart_that_waits_for_postgres_can_be_ended_and_was_never_started(
+    node: Node, connection: asyncpg.Connection, end: Callable[[Run], None], state: State
+) -> None:
+    run, asked = await a_restart(node, connection), asyncio.Event()
+
+    async def waits(_: Sequence[Output]) -> Sequence[bool]:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with measuring(waits) as measure, asyncio.timeout(LONG):
+        waiting = asyncio.create_task(attempt(node, run, structlog.get_logger(), measure))
+        await asked.wait()
+        end(run)
+        ending = await waiting
+    assert (ending.state, ending.ran, run.script) == (state, False, None)
+    assert not node.settings.work_base_dir.exists()
+    assert await write_endings(node, [ending]) == [True]
+    assert (await job_of(connection, run.attempt)).restart_cnt == 1  # it did not run once more
+
+
+async def test_a_restart_that_is_not_current_any_more_is_not_started(
+    node: Node, connection: asyncpg.Connection
+) -> None:
+    stale, good = await a_restart(node, connection), await a_restart(node, connection)
+    assert await finish(connection, stale.attempt, state=State.NODE_FAIL)
+    async with measuring(partial(write_outputs, node)) as measure:
+        await attempt(node, stale, structlog.get_logger(), measure)
+    assert (stale.fenced, stale.script) == (True, None)
+    assert not node.settings.work_base_dir.exists()
+    of = [stale.attempt, Attempt(good.spec.job_id, 1), good.attempt]
+    said = [Output(a.job_id, a.attempt, 1, 0, 0) for a in of]
+    assert await write_outputs(node, said) == [False, False, True]
+    node.incarnation += 1
+    assert await write_outputs(node, said) == [False] * 3
+
+
+async def test_where_a_restart_begins_is_what_was_said_first(node: Node, connection: asyncpg.Connection) -> None:
+    """Who says it again may find an empty file that a worker made which died before the script started."""
+    run = await a_restart(node, connection)
+    for begin in (None, 0):
+        said = Output(run.spec.job_id, run.spec.attempt, 1, begin, begin)
+        assert await write_outputs(node, [said]) == [True]
+    begun = (await outputs.starts(connection, run.spec.job_id))[-1]
+    assert (begun.attempt, begun.stdout_begin, begun.stderr_begin) == (2, None, None)
 
 
 async def test_a_look_fences_what_was_started_elsewhere(

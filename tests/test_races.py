@@ -64,7 +64,7 @@ class Storm:
                     random.shuffle(held)
                     waiting = [Attempt(h.job_id, h.attempt) for h in held if h.state is State.CONFIGURING]
                     running = [Attempt(h.job_id, h.attempt) for h in held if h.state is State.RUNNING]
-                    specs = await jobs.start(connection, waiting, node=node, incarnation=1)
+                    specs = await start(connection, *waiting, node=node)
                     self.started.update(Attempt(spec.job_id, spec.attempt) for spec in specs)
                     states = [State.COMPLETED, State.FAILED, State.CANCELLED, State.PENDING]
                     endings = [an_ending(attempt, random.choices(states, [6, 1, 1, 1])[0]) for attempt in running]

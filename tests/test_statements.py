@@ -15,11 +15,11 @@ import asyncpg
 import pytest
 
 import core.db
-from core.db import allocations, audit, jobs, pending
+from core.db import allocations, audit, jobs, outputs, pending
 from core.db.connection import SESSION
 from core.loss import Lease, Loss
 from core.policy import plan
-from core.records import Attempt, Capacity, Ending, Placement, Waiting
+from core.records import Attempt, Capacity, Ending, Output, Placement, Waiting
 from core.states import Reason, State
 from services.cli.doctor import postgres
 from services.scheduler import lead
@@ -95,6 +95,7 @@ INSERT INTO job_specs (job_id, script, environment, standard_output, cpus_per_ta
 SELECT job_id, '#!/bin/sh', '{}', 'slurm-%j.out', true, false, job_id FROM jobs;
 INSERT INTO idempotency_keys (account, key, job_id, digest) SELECT account, job_id, job_id, '' FROM jobs;
 INSERT INTO pending (partition, cpus, job_id) SELECT partition, cpus, job_id FROM jobs WHERE state = 'PENDING';
+INSERT INTO outputs (job_id, attempt, restart_cnt) SELECT job_id, 1, 1 FROM jobs;
 INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, 0, state, 'None' FROM jobs;
 """
 
@@ -196,6 +197,10 @@ HOT: dict[str, Use] = {
     "unclaimed": lambda c, n: allocations.unclaimed(c, 10, n),
     "start": lambda c, n: jobs.start(c, attempts(n), node="n1", incarnation=1),
     "running": lambda c, n: jobs.running(c, attempts(n), node="n1", incarnation=1),
+    "store": lambda c, n: outputs.store(
+        c, [Output(job_id, 1, 1, 0, None) for job_id in HELD[:n]], node="n1", incarnation=1
+    ),
+    "starts": lambda c, n: outputs.starts(c, WAITING[n]),
     "release": lambda c, n: allocations.release(c, endings(n), node="n1", before=State.RUNNING, incarnation=1),
     "of_node": lambda c, n: allocations.of_node(c, "n1"),
     "stranded": lambda c, n: allocations.stranded(c, n),
@@ -205,7 +210,7 @@ HOT: dict[str, Use] = {
     "oldest": lambda c, n: jobs.page(c, jobs.Filter(), newest_first=False, after=WAITING[n], limit=n),
 }
 
-LARGE = {"jobs", "pending", "job_specs", "job_events", "idempotency_keys"}
+LARGE = {"jobs", "pending", "job_specs", "outputs", "job_events", "idempotency_keys"}
 
 
 async def custom_plan(connection: asyncpg.Connection, text: str, arguments: Sequence[object]) -> Any:
@@ -407,13 +412,23 @@ BREAKS = {
         "UPDATE jobs SET restart_cnt = 1 WHERE state = 'COMPLETED'",
         "UPDATE jobs SET restart_cnt = 2, requeue = true WHERE state = 'COMPLETED'",
     ],
+    "output": [
+        "DELETE FROM outputs",
+        "UPDATE outputs SET attempt = 1",
+        "UPDATE outputs SET restart_cnt = 2",
+    ],
     "exit": ["UPDATE jobs SET exit_code = NULL WHERE state = 'TIMEOUT'"],
 }
 
 
 async def test_the_audit_sees_what_breaks_an_invariant(connection: asyncpg.Connection) -> None:
-    """One job waits, one is CONFIGURING, one RUNNING, two have ended; each break is undone."""
+    """One job waits, one is CONFIGURING, one RUNNING, three have ended, one as a restart; each break is undone."""
     await register(connection)
+    await submit(connection, a_job(requeue=True))
+    for state in (State.PENDING, State.COMPLETED):
+        [restarted] = await allocate(connection)
+        await start(connection, restarted)
+        await finish(connection, restarted, state=state)
     await submit(connection, *[a_job()] * 4)
     _, running, completed, timeout = await allocate(connection)
     await start(connection, running, completed, timeout)

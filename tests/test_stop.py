@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from core import duty, streams
 from core.batch import Batcher
-from core.db import allocations, nodes, schema
+from core.db import allocations, nodes, outputs, schema
 from core.db.connection import Pool, open_pool
 from core.duty import repeat
 from core.settings import Settings
@@ -128,6 +128,12 @@ async def test_who_reports(lost: Deaf, pool: Pool, monkeypatch: pytest.MonkeyPat
     await told_while_it_waits(report.write_endings(node, []), lost)
 
 
+async def test_who_stores_where_a_restart_begins(lost: Deaf, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "store", lost)
+    node: Any = SimpleNamespace(pool=pool, name="n1", incarnation=1)
+    await told_while_it_waits(report.write_outputs(node, []), lost)
+
+
 async def test_who_says_first_that_the_node_is_in_trouble(lost: Deaf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its report would be left to a batcher that has ended already."""
 
@@ -138,7 +144,7 @@ async def test_who_says_first_that_the_node_is_in_trouble(lost: Deaf, monkeypatc
     monkeypatch.setattr(health, "look_once", lost)
     run: Any = SimpleNamespace(spec=SimpleNamespace(job_id=1, attempt=1), fenced=False)
     node: Any = SimpleNamespace(name="n1")
-    await told_while_it_waits(supervise.supervise(node, run, Batcher(Deaf(0), 1)), lost)  # type: ignore[arg-type]
+    await told_while_it_waits(supervise.supervise(node, run, Batcher(Deaf(0), 1), Batcher(Deaf(0), 1)), lost)  # type: ignore[arg-type]
 
 
 async def test_an_api_that_looks_after_its_database(

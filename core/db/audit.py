@@ -44,6 +44,11 @@ INVARIANTS = {
     "restart: only a job that allows it was started again after its script had run": """
         SELECT job_id, attempt, restart_cnt, requeue FROM jobs
         WHERE restart_cnt > 0 AND (NOT requeue OR restart_cnt > attempt)""",
+    "output: of a restart that ran to its end it is known where its output begins": """
+        SELECT j.job_id, j.attempt, j.restart_cnt, o.restart_cnt AS noted
+        FROM jobs j LEFT JOIN outputs o USING (job_id, attempt)
+        WHERE j.restart_cnt > 0 AND num_nonnulls(j.exit_code, j.signal) > 0
+          AND o.restart_cnt IS DISTINCT FROM j.restart_cnt""",
     "exit: a script that ran to its end has exactly one of exit_code and signal": """
         SELECT job_id, state, exit_code, signal FROM jobs
         WHERE (state IN ('COMPLETED', 'TIMEOUT') AND (exit_code IS NULL) = (signal IS NULL))

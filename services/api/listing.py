@@ -156,6 +156,8 @@ class Excerpt:
     """Which part of which output ``GET …/logs`` asks for."""
 
     stream: str
+    attempt: int | None
+    """Whose bytes alone; None: the whole output."""
     offset: int | None
     tail: int | None
 
@@ -163,9 +165,10 @@ class Excerpt:
 def read_excerpt(query: MultiMapping[str], *, ranged: bool) -> Excerpt:
     """The part asked for, or Problem 422; `ranged` says that a Range header asks for one as well."""
     reader = _Reader(query)
-    reader.check_names(frozenset({"stream", "offset", "tail"}))
+    reader.check_names(frozenset({"stream", "attempt", "offset", "tail"}))
     excerpt = Excerpt(
         stream=reader.choice("stream", ("stdout", "stderr")),
+        attempt=reader.number("attempt", 1, 2**31 - 1),
         offset=reader.number("offset", 0, 2**63 - 1),
         tail=reader.number("tail", 0, 2**63 - 1),
     )

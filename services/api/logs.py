@@ -6,13 +6,15 @@ import aiohttp
 import structlog
 from aiohttp import web
 
-from core.db import jobs, nodes
+from core.attempts import as_of
+from core.db import jobs, nodes, outputs
+from core.db.connection import Connection
 from core.records import Job
 from services.api import rendering, state
 from services.api.jobs import found, job_id_of
 from services.api.listing import Excerpt, read_excerpt
 from services.api.models import NULL_DEVICE
-from services.api.problems import Problem, unavailable
+from services.api.problems import Fault, Problem, unavailable, unprocessable
 
 CHUNK = 256 * 1024
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=30)
@@ -23,13 +25,13 @@ HEADERS = {"Content-Type": "text/plain; charset=utf-8"}
 
 
 async def get_logs(request: web.Request) -> web.StreamResponse:
-    """The output of a job's last attempt, bytes as written, also while it runs."""
+    """The output where a job's last attempt wrote it, or the bytes of one attempt, as written, also while it runs."""
     api, job_id = state.of(request), job_id_of(request)
     asked = range_of(request)
     excerpt = read_excerpt(request.query, ranged=asked is not None)
     async with api.database.connection() as connection:
-        job = found(await jobs.get(connection, job_id), job_id)
-        if job.start_time is None or job.node is None or _goes_nowhere(job, excerpt.stream):
+        job = await _in_attempt(connection, found(await jobs.get(connection, job_id), job_id), excerpt.attempt)
+        if job is None or job.start_time is None or job.node is None or _goes_nowhere(job, excerpt.stream):
             return web.Response(body=b"", headers={**HEADERS, "Accept-Ranges": "bytes"})
         if job.work_base_dir is None:
             raise Problem(410, f"node {job.node}, which had the output, was deleted")
@@ -37,6 +39,17 @@ async def get_logs(request: web.Request) -> web.StreamResponse:
     if server is None:
         raise unavailable(f"node {job.node}, which has the output, is down: its worker's lease is over")
     return await _pass_on(request, job, excerpt, asked, *server)
+
+
+async def _in_attempt(connection: Connection, job: Job, attempt: int | None) -> Job | None:
+    """The job as it was in the attempt asked for, if one is; None when that was never started. Or Problem 422."""
+    if attempt is None:
+        return job
+    if attempt > job.attempt:
+        last = f"{job.attempt}, the last attempt of job {job.job_id}"
+        right = f"should be at most {last}" if job.attempt else f"job {job.job_id} has had no attempt yet: leave it out"
+        raise unprocessable([Fault(right, parameter="attempt")])
+    return as_of(job, await outputs.starts(connection, job.job_id), attempt)
 
 
 def range_of(request: web.Request) -> str | None:
@@ -57,7 +70,7 @@ async def _pass_on(
     request: web.Request, job: Job, excerpt: Excerpt, asked: str | None, address: str, secret: str
 ) -> web.StreamResponse:
     headers = {"Authorization": f"Bearer {secret}", **({"Range": asked} if asked else {})}
-    wanted = {"offset": excerpt.offset, "tail": excerpt.tail}
+    wanted = {"offset": excerpt.offset, "tail": excerpt.tail, "alone": None if excerpt.attempt is None else 1}
     try:
         async with state.of(request).workers.request(
             request.method,

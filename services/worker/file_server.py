@@ -3,10 +3,13 @@
 import hmac
 import os
 import socket
+from dataclasses import replace
+from typing import cast
 
 from aiohttp import web
 
-from core.db import jobs
+from core.attempts import Stream, as_of, own_bytes
+from core.db import jobs, outputs
 from core.db.connection import Pool
 from core.records import Job
 from core.settings import Settings
@@ -19,7 +22,10 @@ CONTENT_TYPE = "text/plain; charset=utf-8"
 
 
 class FileServer:
-    """Serves ``GET /logs/{job_id}/{attempt}/{stream}`` to whoever shows the incarnation's secret."""
+    """Serves ``GET /logs/{job_id}/{attempt}/{stream}`` to whoever shows the incarnation's secret.
+
+    The attempt is the job's last one, and the answer the whole file; with ``?alone`` it is any, and its own bytes.
+    """
 
     def __init__(self, settings: Settings, host: Host, pool: Pool, secret: str) -> None:
         self._settings = settings
@@ -50,30 +56,44 @@ class FileServer:
         shown = secret.encode(errors="surrogateescape")  # a header is bytes of any kind
         if scheme != "Bearer" or not hmac.compare_digest(shown, self._secret):
             return web.Response(status=401)
+        job_id, attempt = int(request.match_info["job_id"]), int(request.match_info["attempt"])
+        stream, alone = cast(Stream, request.match_info["stream"]), "alone" in request.query
         async with self._pool.acquire() as connection:
-            job = await jobs.get(connection, int(request.match_info["job_id"]))
-        if job is None or job.node != self._settings.node_name or job.attempt != int(request.match_info["attempt"]):
+            job = await jobs.get(connection, job_id)
+            if job is not None and alone:
+                job = as_of(job, await outputs.starts(connection, job_id), attempt)
+        if job is None or job.node != self._settings.node_name or job.attempt != attempt:
             return web.Response(status=404)
         try:
-            descriptor = self._open(job, request.match_info["stream"])
+            descriptor = files.open_for_reading(self._settings.roots, self._path(job, stream))
         except FileNotFoundError:
-            return await _send(request, None)
+            return await _send(request, None, range(0))
         except (files.FileRefused, OSError):
             return web.Response(status=404)
         try:
-            return await _send(request, descriptor)
+            part = range(os.fstat(descriptor).st_size)
+            if alone:
+                part = await self._own_bytes(job, stream, len(part))
+            return await _send(request, descriptor, part)
         finally:
             os.close(descriptor)
 
-    def _open(self, job: Job, stream: str) -> int:
+    async def _own_bytes(self, job: Job, stream: Stream, size: int) -> range:
+        """Of a file that had so many bytes a moment ago: whoever has written to it since then had said so before."""
+        async with self._pool.acquire() as connection:
+            starts = await outputs.starts(connection, job.job_id)
+        return own_bytes(
+            starts, job.attempt, stream, lambda restarts: self._path(replace(job, restart_cnt=restarts), stream), size
+        )
+
+    def _path(self, job: Job, stream: Stream) -> str:
         paths = paths_of(self._settings, self._host, job)
-        path = paths.standard_output if stream == "stdout" else paths.standard_error
-        return files.open_for_reading(self._settings.roots, path)
+        return paths.standard_output if stream == "stdout" else paths.standard_error
 
 
-async def _send(request: web.Request, descriptor: int | None) -> web.StreamResponse:
-    """Send what the request asks for of an open file; no file is an empty one: nothing was written yet."""
-    size = 0 if descriptor is None else os.fstat(descriptor).st_size
+async def _send(request: web.Request, descriptor: int | None, part: range) -> web.StreamResponse:
+    """Send what the request asks for of a part of an open file; no file is an empty one: nothing was written yet."""
+    size = len(part)
     wanted = _wanted(request, size)
     headers = {"Content-Type": CONTENT_TYPE, "Accept-Ranges": "bytes"}
     if wanted is None:
@@ -85,7 +105,7 @@ async def _send(request: web.Request, descriptor: int | None) -> web.StreamRespo
     response.content_length = stop - start
     await response.prepare(request)
     while descriptor is not None and start < stop and request.method != "HEAD":
-        chunk = os.pread(descriptor, min(CHUNK, stop - start), start)
+        chunk = os.pread(descriptor, min(CHUNK, stop - start), part.start + start)
         if not chunk:
             # Somebody truncated the file: cut the connection short of its length, and the client knows.
             response.force_close()
@@ -98,7 +118,7 @@ async def _send(request: web.Request, descriptor: int | None) -> web.StreamRespo
 
 
 def _wanted(request: web.Request, size: int) -> tuple[int, int, int] | None:
-    """(status, start, stop) in bytes of the file; None when the range cannot be satisfied (RFC 9110, 14.2)."""
+    """(status, start, stop) in bytes of what has so many; None when the range cannot be satisfied (RFC 9110, 14.2)."""
     if "offset" in request.query:
         return 200, min(int(request.query["offset"]), size), size
     if "tail" in request.query:

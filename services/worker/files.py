@@ -101,12 +101,30 @@ class Places:
 
 def open_for_reading(roots: Sequence[Path], path: str) -> int:
     """Open a regular file below one of `roots`; the caller closes it. Raises FileRefused and OSError."""
+    return _open_found(roots, path, os.O_RDONLY)
+
+
+def length(roots: Sequence[Path], path: str) -> int | None:
+    """How many bytes an output file holds that may be appended to; None where there is none. Raises as `output`."""
+    if path == NULL:
+        return None
+    try:
+        descriptor = _open_found(roots, path, os.O_WRONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
+def _open_found(roots: Sequence[Path], path: str, flags: int) -> int:
     root, names = _located(roots, path)
     if not names:
         raise FileRefused(f"{path} is a folder")
     folder = _walk(root, names[:-1], create=False)
     try:
-        return _open_regular(folder, path, os.O_RDONLY)
+        return _open_regular(folder, path, flags)
     finally:
         os.close(folder)
 

@@ -25,7 +25,7 @@ async def recover(node: Node, begin: Begin) -> bool:
     """Take over every attempt that the tables call RUNNING here; True when that is done.
 
     Nobody else starts anything of this spool meanwhile: the caller holds its lock. The order of effects of a start
-    is commit, script file, process. So an attempt
+    is commit (of a restart a second one: where its output begins), script file, process. So an attempt
 
     - whose process or record is there, is adopted;
     - that this spool was to start in this boot, and without a script file, has never been started: it is started

@@ -1,4 +1,4 @@
-"""Report: the ends that piled up are written in one statement, however long PostgreSQL is away."""
+"""Report: the ends, or restarts, that piled up are written in one statement, however long PostgreSQL is away."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -6,9 +6,9 @@ from contextlib import suppress
 import structlog
 
 from core.cancellation import pause
-from core.db import allocations, jobs, nodes
+from core.db import allocations, jobs, nodes, outputs
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, Connection, describe, notify
-from core.records import Attempt, Ending
+from core.records import Attempt, Ending, Output
 from core.states import State
 from services.worker.node import Node
 
@@ -57,3 +57,21 @@ async def _written_before(connection: Connection, endings: Sequence[Ending]) -> 
         if job is not None and (job.attempt, job.state, job.exit_code, job.signal) == told:
             found.add(Attempt(ending.job_id, ending.attempt))
     return found
+
+
+async def write_outputs(node: Node, begun: Sequence[Output]) -> list[bool]:
+    """Store where the outputs of restarts begin; False for an attempt that is not current any more, or not ours.
+
+    Tried until PostgreSQL says so: a script starts after that.
+    """
+    said = False
+    while True:
+        try:
+            async with node.pool.acquire() as connection:
+                stored = await outputs.store(connection, begun, node=node.name, incarnation=node.incarnation)
+            return [Attempt(output.job_id, output.attempt) in stored for output in begun]
+        except CONNECTION_ERRORS as error:
+            if not said:
+                structlog.get_logger().warning("start_waits", jobs=len(begun), error=describe(error))
+                said = True
+        await pause(RETRY_SECONDS)

@@ -15,7 +15,7 @@ from core.db import nodes
 from core.db.connection import CONNECTION_ERRORS, notify
 from core.duty import repeat
 from core.errors import SettingsError
-from core.records import Ending
+from core.records import Ending, Output
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
 from services.worker import claim, health, keeper, proc, process, report
@@ -61,6 +61,7 @@ async def _unless(stop: asyncio.Event, doing: Coroutine[Any, Any, Any]) -> Any:
 async def _work(node: Node, stop: asyncio.Event) -> None:
     settings, poll = node.settings, node.settings.poll_seconds
     reports: Batcher[Ending, bool] = Batcher(lambda endings: report.write_endings(node, endings), report.BATCH)
+    measures: Batcher[Output, bool] = Batcher(lambda outputs: report.write_outputs(node, outputs), report.BATCH)
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         client = streams.connect(settings)
         stack.push_async_callback(client.aclose)
@@ -70,7 +71,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
 
         def begin(run: Run) -> None:
             node.runs[run.attempt] = run
-            task = group.create_task(supervise(node, run, reports))
+            task = group.create_task(supervise(node, run, reports, measures))
             supervisions.add(task)
             task.add_done_callback(supervisions.discard)
 
@@ -81,6 +82,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
             repeat("silence", lambda: health.end_after_silence_once(node), Wakeup(), SILENCE_LOOK_SECONDS),
             repeat("tidy", _tidy_once, Wakeup(), TIDY_SECONDS),
             reports.run(),
+            measures.run(),
         ]
         duties = [group.create_task(duty) for duty in lasting]
         starts = []

@@ -12,7 +12,7 @@ from core import crash
 from core.batch import Batcher
 from core.cancellation import raise_if_cancelled
 from core.db.connection import CONNECTION_ERRORS
-from core.records import Ending, JobSpec
+from core.records import Ending, JobSpec, Output
 from core.states import Reason, State
 from services.worker import files, health, process
 from services.worker.environment import MARK
@@ -21,19 +21,20 @@ from services.worker.node import FIRST_TROUBLE_SECONDS, Node, Run
 from services.worker.spool import Exit
 
 Report = Batcher[Ending, bool]
+Measure = Batcher[Output, bool]
 
 # A disk or a table of processes that is full: not the job's fault, and over some time.
 NODE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
-async def supervise(node: Node, run: Run, report: Report) -> None:
+async def supervise(node: Node, run: Run, report: Report, measure: Measure) -> None:
     """Run one attempt to its end; it stays in `node.runs` until the commit that ends it.
 
     Cancelled, it leaves everything as it is: the script runs on, and the next worker finds it.
     """
     spec = run.spec
     log = structlog.get_logger().bind(job_id=spec.job_id, attempt=spec.attempt, node=node.name)
-    ending = await attempt(node, run, log)
+    ending = await attempt(node, run, log, measure)
     run.over = True
     if not ending.ran:
         with suppress(*CONNECTION_ERRORS):
@@ -58,7 +59,7 @@ async def supervise(node: Node, run: Run, report: Report) -> None:
     log.info("job_released", cpus=spec.cpus)
 
 
-async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
+async def attempt(node: Node, run: Run, log: FilteringBoundLogger, measure: Measure) -> Ending:
     """Prepare, start, wait and end; nothing of the job is left when this returns."""
     if run.lost is not None:
         await asyncio.sleep(run.may_run_for)
@@ -67,6 +68,8 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger) -> Ending:
         if run.cancelled:  # an earlier worker committed its start, and got no further
             return _ending(run.spec, State.CANCELLED, Reason.NONE)
         try:
+            if run.spec.restart_cnt > 0 and not await _measured(node, run, measure):
+                return replace(_verdict(node, run), ran=False)
             run.script = await _start(node, run.spec)
             crash.here("worker.spawned")
             log.info("job_started", name=run.spec.name, account=run.spec.account, cpus=run.spec.cpus)
@@ -119,6 +122,24 @@ def _verdict_of_keeper(node: Node, run: Run) -> Ending | None:
     return node.spool.verdict(node.tag(spec), spec.job_id, spec.attempt) if spec.requeue else None
 
 
+async def _measured(node: Node, run: Run, measure: Measure) -> bool:
+    """Store where the output of a restart begins; False when it is not to be started any more.
+
+    Measured before the files are opened: what is not there yet must not have been made by this. Its time limit is that
+    of its script, and does not run yet; a stop and a cancel are not kept waiting by a PostgreSQL that is away.
+    """
+    spec, paths = run.spec, paths_of(node.settings, node.host, run.spec)
+    begins = [files.length(node.roots, path) for path in (paths.standard_output, paths.standard_error)]
+    with suppress(TimeoutError):
+        async with run.patience(None):
+            current = await measure.do(Output(spec.job_id, spec.attempt, spec.restart_cnt, *begins))
+        crash.here("worker.measured")
+        if not current:
+            run.fence()
+        return current
+    return False
+
+
 async def _start(node: Node, spec: JobSpec) -> process.Process:
     paths = paths_of(node.settings, node.host, spec)
     append = spec.restart_cnt > 0
@@ -158,6 +179,11 @@ async def _wait(node: Node, run: Run, script: process.Script) -> Ending | None:
         async with run.patience(None if limit is None else limit - run.started):
             await script.wait()
         return None
+    return _verdict(node, run)
+
+
+def _verdict(node: Node, run: Run) -> Ending:
+    """Why it is ended, when it has not ended by itself."""
     if run.cancelled:
         return _ending(run.spec, State.CANCELLED, Reason.NONE)
     if run.stopped:

@@ -5,6 +5,7 @@
 --   of the last two at most one row.
 -- The allocator alone takes several nodes, by name; jobs before them without waiting (SKIP LOCKED), and after them
 -- only rows that go with its jobs. So whoever holds a node waits for nothing but later nodes: no cycle can form.
+-- Whoever writes to outputs holds nothing else, and takes its rows by job_id.
 
 CREATE TABLE rowlock_schema (
     application text NOT NULL DEFAULT 'rowlock' CHECK (application = 'rowlock'),
@@ -145,6 +146,16 @@ CREATE TABLE allocations (
     cpus    count_from_1 NOT NULL
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX allocations_by_node ON allocations (node);
+
+-- Where the output of a restart begins in its files: stored before its script starts. What ran first has no row.
+CREATE TABLE outputs (
+    job_id       bigint NOT NULL,
+    attempt      integer NOT NULL,
+    restart_cnt  count_from_1 NOT NULL,   -- of this attempt: the names of its files may hold it
+    stdout_begin bigint,                  -- NULL: there was no such file yet
+    stderr_begin bigint,
+    PRIMARY KEY (job_id, attempt)
+);
 
 -- Every committed transition. A sequence is not the order of commits: readers go by (xact, seq) and stop
 -- below pg_snapshot_xmin(pg_current_snapshot()).

@@ -1,21 +1,25 @@
 """Every role killed at each of its named points, between two effects; afterwards no promise is broken."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from random import Random
 
 import pytest
 
 from tests.faults.cluster import cluster
-from tests.faults.faults import POINTS, crash_at
+from tests.faults.faults import POINTS, crash_at, kill_keeper_and_worker
 from tests.faults.jobs import Wanted, brief_of, sleeps
 from tests.faults.load import loading
-from tests.faults.record import Record
+from tests.faults.record import Record, Struck
 from tests.faults.run import Run, running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.long]
 
 CLIENTS = 6
 TRIES = 5
+OF_RESTARTS = {"worker.measured"}
+"""The points to which only a job comes that starts again."""
+ARMED_SECONDS = 4.0
 
 
 def mixed(name: str, luck: Random) -> Wanted:
@@ -44,10 +48,23 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
         assert {column: texts for column, texts in (await run.verdicts()).items() if texts} == {}
 
 
+async def crash_restart_at(run: Run, point: str) -> Struck | None:
+    """While a worker is armed, a node loses what it runs, all of which may be requeued: it starts again."""
+    make, run.load.make = run.load.make, lambda name, luck: Wanted(name, sleeps(luck.uniform(1, 3)), requeue=True)
+    try:
+        crashing = asyncio.create_task(crash_at(run, point))
+        await asyncio.sleep(ARMED_SECONDS)
+        await kill_keeper_and_worker(run)
+        return await crashing
+    finally:
+        run.load.make = make
+
+
 @pytest.mark.parametrize("point", POINTS)
 async def test_it_ends_there(run: Run, point: str) -> None:
+    crash = crash_restart_at if point in OF_RESTARTS else crash_at
     for _ in range(TRIES):
-        if await crash_at(run, point) is not None:
+        if await crash(run, point) is not None:
             break
     else:
         pytest.fail("it does not come there")
