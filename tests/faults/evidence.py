@@ -35,6 +35,8 @@ class Sent:
     """Every final state that was read, in order."""
     output: bytes | None = None
     """What was served of its output once it was over."""
+    alone: dict[int, bytes | None] = field(default_factory=dict)
+    """What was served of each attempt's alone."""
 
     @property
     def name(self) -> str:

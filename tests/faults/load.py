@@ -86,26 +86,27 @@ class Load:
         if self.luck.random() < CANCELLED:
             cancelling = asyncio.create_task(self.cancel(sent, self.luck.choice((0.0, 0.02, 0.5, 2.0))))
         try:
-            await self.over(sent)
-            if self.luck.random() < READ:
+            attempts = await self.over(sent)
+            if attempts > 1 or self.luck.random() < READ:
                 sent.output = await self._output(job_id)
+                sent.alone = {n: await self._output(job_id, f"?attempt={n}") for n in range(1, attempts + 1)}
                 await self.over(sent)  # and it is left as it was
         finally:
             if cancelling is not None:
                 cancelling.cancel()
                 await asyncio.gather(cancelling, return_exceptions=True)
 
-    async def over(self, sent: Sent) -> None:
-        """Wait for its end, and note it."""
+    async def over(self, sent: Sent) -> int:
+        """Wait for its end, and note it; answer how many attempts it has had."""
         [job_id] = sent.job_ids
         pause = POLL_SECONDS[0]
         while True:
             status, job = await self.ask("GET", f"{JOBS}/{job_id}")
             if status == 200 and job["state"] in _FINAL:
                 sent.ends.append((job["state"], job["exit_code"], job["signal"]))
-                return
+                return int(job["attempt"])
             if status == 404:
-                return  # accepted, and not there: the verdict will say so
+                return 0  # accepted, and not there: the verdict will say so
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, POLL_SECONDS[1])
 
@@ -122,9 +123,9 @@ class Load:
                 return
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def _output(self, job_id: int) -> bytes | None:
+    async def _output(self, job_id: int, query: str = "") -> bytes | None:
         """What is served of it; None when its node is not there to tell."""
-        status, output = await self.ask("GET", f"{JOBS}/{job_id}/logs")
+        status, output = await self.ask("GET", f"{JOBS}/{job_id}/logs{query}")
         return output if status == 200 and isinstance(output, bytes) else None
 
     async def ask(

@@ -32,7 +32,7 @@ PLACED = (
     (FIRST, "CONFIGURING", "RUNNING", 10.4),
 )
 GOOD = Evidence(
-    sent=[Sent(WANTED, {1}, ends=[("FAILED", 3, None)], output=OUTPUT)],
+    sent=[Sent(WANTED, {1}, ends=[("FAILED", 3, None)], output=OUTPUT, alone={1: OUTPUT})],
     lines=ledger.parse(LEDGER),
     rows={1: ROW},
     events=events(*PLACED, (FIRST, "RUNNING", "FAILED", 11.6)),
@@ -42,7 +42,14 @@ GOOD = Evidence(
 
 # One that may be requeued, lost its first attempt with its node, and ended by itself in the second.
 AGAIN = Evidence(
-    sent=[Sent(replace(WANTED, requeue=True), {1}, ends=[("FAILED", 3, None)])],
+    sent=[
+        Sent(
+            replace(WANTED, requeue=True),
+            {1},
+            ends=[("FAILED", 3, None)],
+            alone={1: b"one 1 0\none 1", 2: b"one 2 0\none 2 1\n"},
+        )
+    ],
     lines=ledger.parse("start 1 1 40 10.5 n1 2\nstart 1 2 60 12.5 n1 2\nend 1 2 60 13.5 n1 exit 3\n"),
     rows={1: replace(ROW, attempt=2, restart_cnt=1, requeue=True)},
     events=events(
@@ -55,6 +62,14 @@ AGAIN = Evidence(
     cpus={"n1": 2},
     outputs={1: b"one 1 0\none 1one 2 0\none 2 1\n"},
     losses=[Loss("n1", 11.0, 11.2)],
+)
+
+
+# The same on two nodes: of its output, what lies on the second is served.
+ELSEWHERE = replace(
+    AGAIN,
+    sent=[replace(AGAIN.sent[0], output=b"one 2 0\none 2 1\n")],
+    events=[replace(event, node="n2") if event.attempt == SECOND else event for event in AGAIN.events],
 )
 
 
@@ -129,6 +144,7 @@ BROKEN: list[tuple[str, str, Spoil]] = [
     ("other invariants broken", "not what it wrote", lambda e: replace(e, outputs={1: OUTPUT[:-1]})),
     ("other invariants broken", "not what it wrote", lambda e: replace(e, outputs={1: OUTPUT + b"x"})),
     ("other invariants broken", "were served of", lambda e: sent(e, output=OUTPUT[:-1])),
+    ("other invariants broken", "attempt 1 wrote something else", lambda e: sent(e, alone={1: OUTPUT[:-1]})),
     ("other invariants broken", "of its 2 s", limited),
     ("other invariants broken", "was silent", lambda e: replace(e, silences=[Silence("n1", 9.5, 10.1)])),
     ("other invariants broken", "api-0", lambda e: replace(e, surprises=["api-0 ended with exit code 1"])),
@@ -144,11 +160,15 @@ BROKEN_AGAIN: list[tuple[str, str, Spoil]] = [
         e, events=[replace(v, time=12.9) if v.after == "PENDING" and v.before else v for v in e.events])),
     ("other invariants broken", "not what it wrote", lambda e: replace(e, outputs={1: b"one 2 0\none 2 1\none 1 0\n"})),
     ("other invariants broken", "not what it wrote", lambda e: replace(e, outputs={1: b"one 1 0\none 1one 2 0\n"})),
+    ("other invariants broken", "attempt 1 wrote something else", lambda e: sent(
+        e, alone={1: b"one 1 0\none 1one 2 0\n", 2: b"one 2 0\none 2 1\n"})),
+    ("other invariants broken", "were served of", lambda e: sent(e, output=b"one 2 0\none 2 1\n")),
+    ("other invariants broken", "attempt 2 wrote something else", lambda e: sent(e, alone={1: b"", 2: b"one 2 0\n"})),
     ("other invariants broken", "RUNNING by a cancel", lambda e: sent(e, cancels=[Cancel("RUNNING", 1, 5)])),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("good", [GOOD, AGAIN], ids=["once", "again"])
+@pytest.mark.parametrize("good", [GOOD, AGAIN, ELSEWHERE], ids=["once", "again", "elsewhere"])
 def test_nothing_is_found_where_nothing_is_wrong(good: Evidence) -> None:
     assert {column: found for column, found in verdicts.judge(good).items() if found} == {}
 

@@ -166,18 +166,40 @@ def cancelled_starts(found: Evidence) -> Iterator[str]:
 
 def logs(found: Evidence) -> Iterator[str]:
     """What is kept and served is what was written: whole, or up to where the attempt was ended; attempts in order."""
-    spoken = ledger.by_attempt(found.lines)
+    whole = _whole(found)
+    nodes: dict[int, set[str | None]] = {}
+    for event in found.events:
+        if event.after == "RUNNING":
+            nodes.setdefault(event.attempt.job_id, set()).add(event.node)
     for sent, job_id in _accepted(found):
-        attempts = sorted(
-            (attempt.attempt, {"end"} == {line.word for line in lines} & {"end", "short"})
-            for attempt, lines in spoken.items()
-            if attempt.job_id == job_id
-        )
         kept = found.outputs.get(job_id)
-        if kept is not None and not _are_outputs(kept, sent, attempts):
+        if kept is not None and not _are_outputs(kept, sent, sorted(whole.get(job_id, {}).items())):
             yield f"job {job_id} ({sent.name}): its output is not what it wrote ({len(kept)} bytes)"
-        if sent.output is not None and kept is not None and sent.output != kept:
+        if sent.output is None or kept is None or sent.output == kept:
+            continue
+        # Of a job that ran on several nodes, what lies on the last one is served, which was written last.
+        if len(nodes.get(job_id, ())) < 2 or not kept.endswith(sent.output):
             yield f"job {job_id} ({sent.name}): {len(sent.output)} bytes were served of {len(kept)}"
+
+
+def parts(found: Evidence) -> Iterator[str]:
+    """What is served of an attempt alone is what that one wrote; of the last one all of it."""
+    whole = _whole(found)
+    for sent, job_id in _accepted(found):
+        for attempt, alone in sent.alone.items():
+            wrote = sent.wanted.output(attempt)
+            to_its_end = attempt == max(sent.alone) and whole.get(job_id, {}).get(attempt, False)
+            if alone is not None and (alone != wrote if to_its_end else not wrote.startswith(alone)):
+                yield f"job {job_id} ({sent.name}): attempt {attempt} wrote something else than its {len(alone)} bytes"
+
+
+def _whole(found: Evidence) -> dict[int, dict[int, bool]]:
+    """The attempts that spoke, of each job, and whether each came to its own end with all that it had to write."""
+    spoken: dict[int, dict[int, bool]] = {}
+    for attempt, lines in ledger.by_attempt(found.lines).items():
+        whole = {"end"} == {line.word for line in lines} & {"end", "short"}
+        spoken.setdefault(attempt.job_id, {})[attempt.attempt] = whole
+    return spoken
 
 
 def _are_outputs(kept: bytes, sent: Sent, attempts: Iterable[tuple[int, bool]]) -> bool:
@@ -244,6 +266,7 @@ COLUMNS: dict[str, tuple[Check, ...]] = {
         final_is_left,
         cancelled_starts,
         logs,
+        parts,
         too_early,
         given_in_silence,
         surprises,
