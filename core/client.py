@@ -47,10 +47,10 @@ def _fault_text(fault: Mapping[str, Any]) -> str:
 
 
 class Client:
-    """One API; used as a context. Every call raises ClientError."""
+    """One API, at `address`; used as a context. Every call raises ClientError."""
 
     def __init__(self, address: str, *, timeout_seconds: float = 30, connections: int = 100) -> None:
-        self._address = address.rstrip("/")
+        self.address = address.rstrip("/")
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._connections = connections
         self._session: aiohttp.ClientSession | None = None
@@ -181,7 +181,7 @@ class Client:
             except ValueError:
                 document = None
             if not isinstance(document, dict):
-                raise ClientError(answer.status, {"detail": f"{self._address} answered something else than JSON"})
+                raise ClientError(answer.status, {"detail": f"{self.address} answered something else than JSON"})
             return document
 
     async def _bytes(self, method: str, path: str, *, query: Mapping[str, str | int] | None = None) -> bytes:
@@ -205,13 +205,13 @@ class Client:
             given["Content-Type"] = "application/json"
         try:
             async with self._session.request(
-                method, self._address + path, params=query, data=sent, headers=given
+                method, self.address + path, params=query, data=sent, headers=given
             ) as answer:
                 if answer.status >= 400:
                     raise ClientError(answer.status, await _problem(answer))
                 yield answer
         except (aiohttp.ClientError, OSError) as error:  # a time-out is an OSError
-            detail = f"{self._address} cannot be reached: {str(error) or type(error).__name__}"
+            detail = f"{self.address} cannot be reached: {str(error) or type(error).__name__}"
             raise ClientError(0, {"detail": detail}) from error
 
 

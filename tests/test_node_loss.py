@@ -569,7 +569,7 @@ async def test_what_was_never_started_and_is_to_be_cancelled_is_not_started(
     await find(node, lambda run: begun.update({run: run.cancelled}))
     assert {run.attempt: known for run, known in begun.items()} == {kept: False, cancelled: True}
     [run] = [run for run, known in begun.items() if known]
-    ending = await attempt(node, run, structlog.get_logger())
+    ending = await attempt(node, run, structlog.get_logger(), UNUSED)
     assert (ending.state, run.script) == (State.CANCELLED, None)
     assert await write_endings(node, [ending]) == [True]
 

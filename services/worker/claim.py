@@ -63,7 +63,8 @@ async def look_once(node: Node, begin: Begin) -> int:
         holding = held.get(attempt)
         if holding is not None and holding.cancel_requested:
             run.cancel()
-        elif holding is None and attempt in node.runs and not await _is_current(node, attempt):
+        elif holding is None and not run.over and not await _is_current(node, attempt) and not run.over:
+            structlog.get_logger().warning("job_fenced", job_id=attempt.job_id, attempt=attempt.attempt)
             run.fence()
     waiting = [attempt for attempt, h in held.items() if h.state is State.CONFIGURING]
     await start(node, waiting, begin)
@@ -74,7 +75,4 @@ async def _is_current(node: Node, attempt: Attempt) -> bool:
     """Whether a run is still the one that the tables know, asked anew: it may have begun after the look."""
     async with node.pool.acquire() as connection:
         job = await jobs.get(connection, attempt.job_id)
-    current = job is not None and job.state is State.RUNNING and job.attempt == attempt.attempt
-    if not current:
-        structlog.get_logger().warning("job_fenced", job_id=attempt.job_id, attempt=attempt.attempt)
-    return current
+    return job is not None and job.state is State.RUNNING and job.attempt == attempt.attempt

@@ -3,14 +3,16 @@
 import hmac
 import os
 import socket
+from contextlib import suppress
 from dataclasses import replace
 from typing import cast
 
+import structlog
 from aiohttp import web
 
 from core.attempts import Stream, as_of, own_bytes
 from core.db import jobs, outputs
-from core.db.connection import Pool
+from core.db.connection import CONNECTION_ERRORS, Pool, describe
 from core.records import Job
 from core.settings import Settings
 from services.worker import files
@@ -56,6 +58,13 @@ class FileServer:
         shown = secret.encode(errors="surrogateescape")  # a header is bytes of any kind
         if scheme != "Bearer" or not hmac.compare_digest(shown, self._secret):
             return web.Response(status=401)
+        try:
+            return await self._answer(request)
+        except CONNECTION_ERRORS as error:
+            structlog.get_logger().warning("output_not_served", error=describe(error))
+            return web.Response(status=503)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         job_id, attempt = int(request.match_info["job_id"]), int(request.match_info["attempt"])
         stream, alone = cast(Stream, request.match_info["stream"]), "alone" in request.query
         async with self._pool.acquire() as connection:
@@ -103,17 +112,20 @@ async def _send(request: web.Request, descriptor: int | None, part: range) -> we
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     response = web.StreamResponse(status=status, headers=headers)
     response.content_length = stop - start
-    await response.prepare(request)
-    while descriptor is not None and start < stop and request.method != "HEAD":
-        chunk = os.pread(descriptor, min(CHUNK, stop - start), part.start + start)
-        if not chunk:
-            # Somebody truncated the file: cut the connection short of its length, and the client knows.
-            response.force_close()
-            if request.transport is not None:
-                request.transport.abort()
-            break
-        await response.write(chunk)
-        start += len(chunk)
+    if request.method == "HEAD":
+        start = stop
+    with suppress(OSError):  # whoever reads is gone, or the disk cannot be read
+        await response.prepare(request)
+        while descriptor is not None and start < stop:
+            chunk = os.pread(descriptor, min(CHUNK, stop - start), part.start + start)
+            if not chunk:
+                break  # somebody truncated the file
+            await response.write(chunk)
+            start += len(chunk)
+    if start < stop:  # cut the connection short of its length, and the client knows
+        response.force_close()
+        if request.transport is not None:
+            request.transport.abort()
     return response
 
 
