@@ -656,7 +656,6 @@ LOG_QUERIES = rows(
     ("offset", "1&tail=1", "excludes offset"),
     ("offset", "1&offset=1", "given once"),
     ("path", "/etc/passwd", "unknown parameter"),
-    ("attempt", "1", "unknown parameter"),
 )
 
 

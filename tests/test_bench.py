@@ -130,7 +130,7 @@ def test_the_bare_limit_and_a_measurement_that_fails() -> None:
 @pytest.mark.anyio
 async def test_a_very_small_run(settings: Settings, tmp_path: Path) -> None:
     async with running(settings, tmp_path) as system:
-        port = int(system.api._address.rpartition(":")[2])
+        port = int(system.api.address.rpartition(":")[2])
         target = Stack(os.getpid(), port, settings.postgres_dsn)
         result = await burst(target, Size(jobs=5, connections=2, warm_up=2), seconds=30)
         assert result.jobs == 5
