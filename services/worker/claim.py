@@ -1,5 +1,6 @@
 """Claim: attempts allocated to this node are moved to RUNNING, and launched; what the tables say is obeyed."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -30,6 +31,7 @@ async def consume_once(node: Node, reader: Reader, begin: Begin) -> int:
     except BaseException:
         reader.replay()
         raise
+    await asyncio.sleep(0)  # the scripts first: what comes while they are launched is one batch, and one commit
     return 1  # the read itself waits
 
 
