@@ -14,7 +14,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,11 +174,18 @@ async def kill_keeper(run: Run) -> Struck | None:
         return None
     role.struck = True
     began = now()
-    kept = await _kept_by(run, role, keepers) | await _unstarted(run, role)
+    kept = await _may_be_lost(run, role, keepers)
     for pid in keepers:
         os.kill(pid, signal.SIGKILL)
     run.cluster.losses.append(Loss(role.node, began, now(), kept))
     return Struck("keeper killed (-9)", role.name, met)
+
+
+async def _may_be_lost(run: Run, role: Role, keepers: Sequence[int] = ()) -> frozenset[Attempt] | None:
+    """What a node may lose with these keepers; None, whatever it runs, while the database cannot be asked."""
+    if not await run.ask("SELECT 1"):
+        return None
+    return await _kept_by(run, role, keepers) | await _unstarted(run, role)
 
 
 async def _unstarted(run: Run, role: Role) -> frozenset[Attempt]:
@@ -191,7 +198,7 @@ async def _unstarted(run: Run, role: Role) -> frozenset[Attempt]:
     return frozenset(Attempt(*row) for row in rows) - started
 
 
-async def _kept_by(run: Run, role: Role, keepers: list[int]) -> frozenset[Attempt]:
+async def _kept_by(run: Run, role: Role, keepers: Sequence[int]) -> frozenset[Attempt]:
     """The attempts whose scripts, dead or alive, are children of a keeper's own."""
     rows = await run.ask("SELECT job_id, attempt FROM allocations WHERE node = $1", role.node)
     spool = Spool(run.cluster.spool_of(role) / "scripts").open()
@@ -262,7 +269,7 @@ async def _crash_worker(run: Run, how: str) -> Struck | None:
     if not role.kept:  # somebody else replaces it
         return Struck("worker killed at a named point", role.name, met, how) if deaths else None
     role.kept = False
-    run.cluster.losses.append(Loss(role.node, now(), now(), await _unstarted(run, role)))
+    run.cluster.losses.append(Loss(role.node, now(), now(), await _may_be_lost(run, role)))
     await run.cluster.retire(role)
     run.replaced += 1
     await run.cluster.add_worker(f"worker-{role.node}-{run.replaced}", role.node)
@@ -313,7 +320,7 @@ async def stop_worker(run: Run) -> Struck | None:
     if role.struck or not role.child.alive:
         return None
     role.struck = True
-    run.cluster.losses.append(Loss(role.node, now(), now(), await _unstarted(run, role)))
+    run.cluster.losses.append(Loss(role.node, now(), now(), await _may_be_lost(run, role)))
     role.child.process.send_signal(signal.SIGTERM)
     return Struck("worker stopped (SIGTERM), started again", role.name, met)
 
@@ -331,7 +338,7 @@ async def _replaced(run: Run, old: Role, **environment: str | int) -> Role | Non
     if old.struck or old.child is None or not old.child.alive or not old.kept:
         return None
     old.kept, old.struck = False, True
-    run.cluster.losses.append(Loss(old.node, now(), now(), await _unstarted(run, old)))
+    run.cluster.losses.append(Loss(old.node, now(), now(), await _may_be_lost(run, old)))
     run.replaced += 1
     new = await run.cluster.add_worker(f"worker-{old.node}-{run.replaced}", old.node, **environment)
     await old.child.wait()
