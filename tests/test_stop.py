@@ -51,6 +51,20 @@ class Deaf:
         return self.answer
 
 
+class Slow:
+    """What goes on for ever, and takes its time to end once it is cancelled."""
+
+    def __init__(self) -> None:
+        self.ending, self.ended = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.ending.set()
+            await self.ended.wait()
+
+
 @pytest.fixture
 def lost() -> Deaf:
     return Deaf(ConnectionError("in place of it"))
@@ -159,22 +173,15 @@ async def test_an_api_that_looks_after_its_database(
 
 async def test_who_waits_for_the_end_of_what_it_has_given_up() -> None:
     """A worker that was replaced while it was stopped hears of that."""
-    stop, ending, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    stop, slow = asyncio.Event(), Slow()
 
-    async def ends_slowly() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ending.set()
-            await ended.wait()
-
-    task = asyncio.ensure_future(serve._unless(stop, ends_slowly()))
+    task = asyncio.ensure_future(serve._unless(stop, slow()))
     await asyncio.sleep(0)
     stop.set()
-    await asyncio.wait_for(ending.wait(), LONG)
+    await asyncio.wait_for(slow.ending.wait(), LONG)
     task.cancel()
     await asyncio.sleep(0)
-    ended.set()
+    slow.ended.set()
     await ends(task)
 
 
@@ -186,23 +193,16 @@ async def test_a_task_group_one_of_whose_members_has_failed(
 ) -> None:
     """A leader that has lost PostgreSQL is told to stop before its duties have ended: they are many, and it waits."""
     monkeypatch.setattr(lead, "RETRY_SECONDS", 0.01)
-    ending, ended = asyncio.Event(), asyncio.Event()
-
-    async def ends_slowly() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ending.set()
-            await ended.wait()
+    slow = Slow()
 
     async def fails() -> None:
         raise ConnectionError("lost")
 
-    task = asyncio.ensure_future(lead.lead(settings, Wakeup(), [ends_slowly, fails]))
-    await asyncio.wait_for(ending.wait(), LONG)
+    task = asyncio.ensure_future(lead.lead(settings, Wakeup(), [slow, fails]))
+    await asyncio.wait_for(slow.ending.wait(), LONG)
     task.cancel()
     await asyncio.sleep(0)
-    ended.set()
+    slow.ended.set()
     await ends(task)
 
 

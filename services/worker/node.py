@@ -262,10 +262,11 @@ async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> tuple[int,
     while True:
         asked = proc.now()
         try:
-            async with pool.acquire() as connection, connection.transaction():
+            async with pool.acquire() as connection:
                 await check_processes(connection, spec)
-                incarnation = await nodes.register(connection, spec, settings.lease_seconds)
-                holder = None if incarnation is not None else await nodes.holder(connection, spec.name)
+                async with connection.transaction():
+                    incarnation = await nodes.register(connection, spec, settings.lease_seconds)
+                    holder = None if incarnation is not None else await nodes.holder(connection, spec.name)
         except (asyncpg.ForeignKeyViolationError, *CONNECTION_ERRORS) as error:  # the first: forgotten at this moment
             if (problem := describe(error)) != said:
                 log.warning("registration_waits", error=problem)

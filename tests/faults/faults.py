@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -696,9 +696,8 @@ def limited(pid: int, what: int, soft: int) -> Iterator[None]:
             resource.prlimit(pid, what, before)
 
 
-@kind("worker without descriptors", 120)
-async def take_descriptors(run: Run) -> Struck | None:
-    """Met: the jobs that were placed meanwhile."""
+async def _short_of(run: Run, name: str, limit: Callable[[int], AbstractContextManager[None]]) -> Struck | None:
+    """Take something from a worker for a while. Met: the jobs that were placed meanwhile."""
     role = _a_worker(run)
     pid = run.cluster.worker_pid(role)
     if pid is None:
@@ -706,9 +705,20 @@ async def take_descriptors(run: Run) -> Struck | None:
     met: dict[str, int] = {}
     with suppress(ProcessLookupError, FileNotFoundError):
         async with _meanwhile(run, met):
-            with limited(pid, resource.RLIMIT_NOFILE, len(os.listdir(f"/proc/{pid}/fd"))):
+            with limit(pid):
                 await asyncio.sleep(run.luck.uniform(1, 2))
-    return Struck("worker without descriptors", role.name, met)
+    return Struck(name, role.name, met)
+
+
+@kind("worker without descriptors", 120)
+async def take_descriptors(run: Run) -> Struck | None:
+    """It keeps those that it has."""
+    return await _short_of(run, "worker without descriptors", no_more_descriptors)
+
+
+def no_more_descriptors(pid: int) -> AbstractContextManager[None]:
+    """Let a process open nothing more, for the time of the block."""
+    return limited(pid, resource.RLIMIT_NOFILE, len(os.listdir(f"/proc/{pid}/fd")))
 
 
 PIDS = Path("/sys/fs/cgroup/pids") if Path("/sys/fs/cgroup/pids").is_dir() else Path("/sys/fs/cgroup")
@@ -761,17 +771,8 @@ def no_more_processes(pid: int) -> Iterator[None]:
 
 @kind("worker without processes", 120, processes_cannot_be_limited)
 async def take_processes(run: Run) -> Struck | None:
-    """Met: the jobs that were placed meanwhile."""
-    role = _a_worker(run)
-    pid = run.cluster.worker_pid(role)
-    if pid is None:
-        return None
-    met: dict[str, int] = {}
-    with suppress(ProcessLookupError, FileNotFoundError):
-        async with _meanwhile(run, met):
-            with no_more_processes(pid):
-                await asyncio.sleep(run.luck.uniform(1, 2))
-    return Struck("worker without processes", role.name, met)
+    """It keeps those that it has."""
+    return await _short_of(run, "worker without processes", no_more_processes)
 
 
 @functools.cache

@@ -136,17 +136,22 @@ async def a_script_ends_under_another_worker(run: Run) -> None:
     os.kill(await _worker_of(run, role), signal.SIGKILL)
 
 
+async def _ends_with_nobody_to_tell(run: Run, role: Role, sent: Sent) -> None:
+    """Kill its worker and its keeper, and let another worker come once it has ended."""
+    role.kept = False
+    _kill_keeper_and_worker(run, role)
+    await says(run, sent, "end")
+    await asyncio.sleep(0.1)  # it has said that it ends, and does
+    await run.cluster.add_worker("again", "n1")
+
+
 @scenario()
 async def a_script_ends_with_nobody_to_tell(run: Run) -> None:
     """Worker and keeper were killed, and the script had ended before another worker came."""
     [role] = run.cluster.of("worker")
     sent = await a_job(run, sleeps(1))
     await says(run, sent, "start")
-    role.kept = False
-    _kill_keeper_and_worker(run, role)
-    await says(run, sent, "end")
-    await asyncio.sleep(0.1)  # it has said that it ends, and does
-    await run.cluster.add_worker("again", "n1")
+    await _ends_with_nobody_to_tell(run, role, sent)
 
 
 @scenario()
@@ -156,11 +161,7 @@ async def a_daemon_outlives_its_script_and_their_keeper(run: Run) -> None:
     name = run.load.new_name()
     sent = await run.load.submit(Wanted(name, leaves_behind(name, "sleep 1\nleave 0")))
     await says(run, sent, "child")
-    role.kept = False
-    _kill_keeper_and_worker(run, role)
-    await says(run, sent, "end")
-    await asyncio.sleep(0.1)  # it has said that it ends, and does
-    await run.cluster.add_worker("again", "n1")
+    await _ends_with_nobody_to_tell(run, role, sent)
 
 
 @scenario()
