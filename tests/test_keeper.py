@@ -41,6 +41,13 @@ async def system(servers: System, tmp_path: Path) -> AsyncIterator[System]:
         yield found
 
 
+HIDES = (
+    'while [ "$(stat -c %Y "$0")" != $$ ]; do sleep 0.02; done\n'  # until its worker has noted its process there
+    "ulimit -S -x unlimited\n"
+)
+"""Takes off the tag; what is left to do is to spoil the note on the script's file."""
+
+
 async def up(system: System, script: str, **job: object) -> int:
     """Submit, and wait until the script itself has spoken."""
     submitted = await system.submit(script, **job)
@@ -294,8 +301,7 @@ async def test_a_script_that_takes_off_all_that_it_bears_is_known_by_its_process
 @pytest.mark.parametrize("file", ['touch "$0"', 'rm "$0"'])
 async def test_a_script_that_hides_in_every_way_and_lives_is_not_run_twice(system: System, file: str) -> None:
     waits = "'while [ ! -e go ]; do sleep 0.02; done'"
-    hides = f"#!/bin/bash\nulimit -S -x unlimited; {file}; echo up\nexec env -i bash -c {waits}\n"
-    job_id = await up(system, hides)
+    job_id = await up(system, f"#!/bin/bash\n{HIDES}{file}; echo up\nexec env -i bash -c {waits}\n")
     try:
         kill_worker(system)
         assert (await ended(system, job_id))[0] == "NODE_FAIL"
@@ -309,8 +315,7 @@ async def test_a_script_that_hid_in_every_way_and_ended_with_no_worker_there_is_
     system: System, file: str
 ) -> None:
     """Its keeper saw that some script ended, and not which: nothing proves that this one was never started."""
-    hides = WAITS.replace("echo up", f"ulimit -S -x unlimited; {file}; echo up")
-    job_id = await up(system, hides)
+    job_id = await up(system, WAITS.replace("echo up", f"{HIDES}{file}; echo up"))
     kill_worker(system)
     let_go(system, job_id)  # long before the next worker is there
     assert (await ended(system, job_id))[0] == "NODE_FAIL"

@@ -132,17 +132,11 @@ async def kill_scheduler(run: Run) -> Struck | None:
 async def leader_of(cluster: Cluster) -> Role | None:
     """The scheduler that leads, as far as its log knows."""
     for role in cluster.of("scheduler"):
-        text = await asyncio.to_thread(_tail, cluster.folder / f"{role.name}.err")
-        told = [text.rfind(event) for event in ('"scheduler_leads"', '"leader_connection_lost"', '"role_starting"')]
+        text = await asyncio.to_thread((cluster.folder / f"{role.name}.err").read_bytes)  # all: it may lead for long
+        told = [text.rfind(event) for event in (b'"scheduler_leads"', b'"leader_connection_lost"', b'"role_starting"')]
         if told[0] > max(told[1:]):
             return role
     return None
-
-
-def _tail(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
-        return file.read().decode(errors="replace")
 
 
 @kind("API killed (-9)", 9)
