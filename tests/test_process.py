@@ -23,6 +23,7 @@ from services.worker.loop import new_event_loop
 from services.worker.proc import children, tag_of
 from services.worker.process import LaunchFailed, LaunchShortage, Process
 from services.worker.spool import Exit
+from tests.system import ROOT
 
 PATIENCE = 60.0
 """Seconds after which something that must come is called missing."""
@@ -263,6 +264,27 @@ def test_a_shortage_may_be_tried_again(job: Job) -> None:
         assert await job.run("exit 3") == Exit(3, None)
 
     run(main())
+
+
+MAKES_A_LOOP = """
+import os, resource, sys
+from services.worker.loop import new_event_loop
+free = os.open("/", os.O_RDONLY)
+os.close(free)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free + int(sys.argv[1]), free + 10))
+try:
+    new_event_loop()
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.parametrize("free", range(4))
+def test_a_loop_that_would_lack_descriptors_is_an_error_and_no_abort(free: int) -> None:
+    made = subprocess.run(
+        [sys.executable, "-c", MAKES_A_LOOP, str(free)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (made.returncode, made.stdout) == (0, "Too many open files\n")
 
 
 @contextmanager

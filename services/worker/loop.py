@@ -136,8 +136,10 @@ def _enter(folder: int) -> None:
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """The event loop that scripts are started from. Raises OSError where there are no pidfds."""
-    os.close(os.pidfd_open(os.getpid()))
+    """The event loop that scripts are started from. Raises OSError where there are no pidfds, or no descriptors."""
+    # As many as libuv needs up to its first pipe: where it cannot have that, it aborts (uv__signal_global_reinit).
+    for descriptor in [os.pidfd_open(os.getpid()) for _ in range(4)]:
+        os.close(descriptor)
     # posix_spawn closes nothing: what we inherited must not be handed on (what Python opens never is, PEP 446).
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
