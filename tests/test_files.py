@@ -217,6 +217,44 @@ def test_scripts(tmp_path: Path) -> None:
     assert not list(folder.glob("job-*"))
 
 
+@pytest.mark.parametrize("pid", [1, 4_194_303])
+@pytest.mark.parametrize("why", files.Why)
+def test_what_is_noted_on_a_script(tmp_path: Path, pid: int, why: files.Why) -> None:
+    path = Path(files.Scripts(tmp_path).write(1, 1, "#!/bin/sh\n"))
+    assert files.note_on(path) is None
+    files.note_start(str(path), pid)
+    assert files.note_on(path) == files.Note(pid)
+    files.note_end(path, pid, why)
+    assert files.note_on(path) == files.Note(pid, why)
+    path.unlink()
+    assert files.note_on(path) is None
+    files.note_end(path, pid, why)
+    assert files.note_on(path) == files.Note(pid, why)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    path.touch()
+    assert files.note_on(path) is None
+
+
+@pytest.mark.parametrize("seconds", [-1, 0, 2**22, 5 * 2**22, 5 * 2**22 + 7])
+def test_what_is_no_note(tmp_path: Path, seconds: int) -> None:
+    path = tmp_path / "job-1.1"
+    path.touch()
+    os.utime(path, (seconds, seconds))
+    assert files.note_on(path) is None
+
+
+def test_a_note_follows_no_link_and_waits_for_no_reader(tmp_path: Path) -> None:
+    other, link, fifo = (tmp_path / name for name in ("other", "job-1.1", "job-2.1"))
+    other.touch()
+    link.symlink_to(other)
+    os.mkfifo(fifo)
+    before = other.stat().st_mtime
+    for path in (link, fifo):
+        files.note_end(path, 7, files.Why.STOP)
+        assert files.note_on(path) == files.Note(7, files.Why.STOP)
+    assert other.stat().st_mtime == before
+
+
 def test_the_file_of_an_ended_script_is_the_next_ones(tmp_path: Path) -> None:
     scripts = files.Scripts(tmp_path)
     first = Path(scripts.write(7, 1, "#!/bin/sh\necho a longer one\n"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -153,12 +154,19 @@ async def test_what_its_worker_did_not_come_to_start_is_not_started_after_its_ca
     assert await system.cpus_in_use() == 0
 
 
-TRAPS = "#!/bin/bash\ntrap 'touch told' TERM\necho up\nwhile :; do sleep 0.02; done\n"
+TRAPS = "#!/bin/bash\ntrap 'touch told' TERM\n{}\necho up\nwhile :; do sleep 0.02; done\n"
 
 
+@pytest.mark.parametrize("spoilt", ["nothing", "its file", "the disk"])
 @pytest.mark.parametrize("why", ["CANCELLED", "TIMEOUT"])
-async def test_a_worker_killed_while_it_ends_a_job_has_a_successor_that_knows_why(system: System, why: str) -> None:
-    job_id = await up(system, TRAPS, time_limit=0.02 if why == "TIMEOUT" else None)
+async def test_a_worker_killed_while_it_ends_a_job_has_a_successor_that_knows_why(
+    system: System, why: str, spoilt: str
+) -> None:
+    """Also where the script has removed its own file, or not a byte more can be written."""
+    script = TRAPS.format('rm "$0"' if spoilt == "its file" else "")
+    job_id = await up(system, script, time_limit=0.05 if why == "TIMEOUT" else None)
+    if spoilt == "the disk":
+        resource.prlimit(system.worker_pid(), resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     if why == "CANCELLED":
         await system.api.cancel(job_id)
     folder = data_of(system) / f"jobs/{job_id}"
@@ -171,10 +179,10 @@ async def test_a_worker_killed_while_it_ends_a_job_has_a_successor_that_knows_wh
     for pid in alive_with(f"job-{job_id}.1"):
         os.kill(pid, signal.SIGKILL)  # it ends before the next worker looks
     assert await ended(system, job_id) == (why, None, "KILL")
-    spool = Spool(data_of(system) / "scripts")
+    scripts = data_of(system) / "scripts"
 
     async def forgotten() -> bool:
-        return not list((spool.folder / "verdicts").iterdir())
+        return not [*scripts.glob("job-*"), *(scripts / ".spool/exits").iterdir()]
 
     await until(forgotten, "nothing is left of it")
 

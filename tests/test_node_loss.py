@@ -1,6 +1,7 @@
 """Silent, DOWN and forgotten nodes on the real statements, and what a worker does that comes back too late."""
 
 import asyncio
+import resource
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -646,6 +647,8 @@ async def test_a_worker_that_was_frozen_ends_it_before_postgres_answers(
 class Killed:
     """Stands where a script does that was killed, and keeps the signals that it would get."""
 
+    pid = 7
+
     def __init__(self) -> None:
         self.got: list[int] = []
 
@@ -669,8 +672,14 @@ async def test_what_the_keeper_ended_while_the_worker_was_frozen_goes_back(
     """Should it thaw before the scheduler has seen to that."""
     run = await a_run(node, connection, requeue=requeue)
     run.script = Killed()  # type: ignore[assignment]
+    node.spool.grant(node.tag(run.spec))
     assert (await attempt(node, run, structlog.get_logger(), UNUSED)).state is State.FAILED
-    node.spool.write_silence(node.tag(run.spec))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # as on a full disk
+    try:
+        node.spool.note_silence(node.tag(run.spec))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     ending = await attempt(node, run, structlog.get_logger(), UNUSED)
     assert ending.state is (State.PENDING if requeue else State.FAILED)
     assert await write_endings(node, [ending]) == [True]

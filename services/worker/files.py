@@ -12,6 +12,8 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -37,8 +39,30 @@ _FOUND: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 SPARE: Final = "spare-"
 """How the names of files begin that were a script's, and will be another's."""
 MAX_SPARE: Final = 64
-MAX_PID: Final = 2**22
-"""No later than February of 1970, as a time of change."""
+_PIDS: Final = 2**22
+"""No process has so high a number (PID_MAX_LIMIT), in seconds the 18th of February 1970."""
+
+
+class Why(IntEnum):
+    """Why a script is being ended."""
+
+    TIME_LIMIT = 1
+    CANCEL = 2
+    STOP = 3
+    SILENCE = 4
+    """Its node did not hear PostgreSQL for too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What is noted on a script's file: as which process it was started, and why that is being ended, if it is.
+
+    It is the file's time of change, because that needs no room on a full disk, in whole seconds, which every file
+    system keeps. A script that touches its file takes the note off, or forges one: of itself alone.
+    """
+
+    pid: int
+    why: Why | None = None
 
 
 class FileRefused(RowlockError):
@@ -219,18 +243,33 @@ def script_path(script_dir: Path, job_id: int, attempt: int) -> Path:
     return script_dir / _script_name(job_id, attempt)
 
 
-def mark_started(path: str, pid: int) -> None:
-    """Note on a script's file as which process it was started: its time of change, which needs no room."""
+def note_start(path: str, pid: int) -> None:
+    """Note as which process a script was started."""
     with suppress(OSError):  # then the first process that bears the attempt's tag is taken for it
-        os.utime(path, (pid, pid))
+        _write_note(path, Note(pid))
 
 
-def started_as(script_dir: Path, job_id: int, attempt: int) -> int | None:
-    """As which process a script was started; None when that is not known."""
-    with suppress(OSError):
-        when = int(script_path(script_dir, job_id, attempt).stat().st_mtime)
-        return when if 0 < when <= MAX_PID else None
+def note_end(path: Path, pid: int, why: Why) -> None:
+    """Note why a script is being ended, before it is. One that has removed its file gets an empty one."""
+    with suppress(OSError):  # then a successor has to go by the exit alone
+        try:
+            _write_note(path, Note(pid, why))
+        except FileNotFoundError:
+            path.touch(mode=0o700, exist_ok=False)
+            _write_note(path, Note(pid, why))
+
+
+def note_on(path: Path) -> Note | None:
+    """What is noted on a script's file; None when that is nothing, or there is none."""
+    with suppress(OSError, ValueError):
+        why, pid = divmod(int(path.stat(follow_symlinks=False).st_mtime), _PIDS)
+        return Note(pid, Why(why) if why else None) if pid else None
     return None
+
+
+def _write_note(path: str | Path, note: Note) -> None:
+    seconds = (note.why or 0) * _PIDS + note.pid
+    os.utime(path, (seconds, seconds), follow_symlinks=False)
 
 
 def _script_name(job_id: int, attempt: int) -> str:

@@ -246,8 +246,8 @@ class Keeper:
             stat = proc.read_stat(pid)
             for tag in tags & {proc.read_tag(pid), tag_of_mark(proc.read_variable(pid, MARK))}:
                 if stat is not None and not stat.dead:
-                    with suppress(OSError):  # a full disk: the worker has to go by the exit alone
-                        self._spool.write_silence(tag)
+                    with suppress(OSError):  # its end is committed, or the worker has to go by the exit alone
+                        self._spool.note_silence(tag)
                     proc.kill(pid, stat.start)
 
     def _recorded(self, pid: int, status: int) -> bool:

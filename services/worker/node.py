@@ -26,13 +26,13 @@ from core.db.connection import (
     open_pool,
 )
 from core.errors import NodeNameTaken, SettingsError
-from core.records import Attempt, Ending, JobSpec, NodeSpec
+from core.records import Attempt, JobSpec, NodeSpec
 from core.settings import Settings
 from core.wakeup import Wakeup
 from services.worker import keeper, proc
 from services.worker.environment import MARK, Host, read_mark
 from services.worker.file_server import FileServer
-from services.worker.files import Scripts
+from services.worker.files import Scripts, Why
 from services.worker.launch import describe_host
 from services.worker.process import Script
 from services.worker.spool import Holder, Spool
@@ -66,8 +66,8 @@ class Run:
     cancelled: bool = False
     stopped: bool = False
     fenced: bool = False
-    verdict: Ending | None = None
-    """What it is being ended as, and why; perhaps since an earlier worker."""
+    why: Why | None = None
+    """Why it is being ended, if it is; perhaps since an earlier worker."""
     lost: str | None = None
     """Why nobody can tell whether it ran, for one that an earlier worker left."""
     may_run_for: float = 0.0
@@ -153,7 +153,7 @@ class Node:
         """The node's name."""
         return self.settings.node_name
 
-    def tag(self, attempt: Attempt | JobSpec | Ending) -> int:
+    def tag(self, attempt: Attempt | JobSpec) -> int:
         """What the processes of an attempt bear."""
         return proc.tag_of(attempt.job_id, attempt.attempt, self.host.spool_id)
 

@@ -68,6 +68,10 @@ class ExitLost(RowlockError):
 class Script(Protocol):
     """A script that runs, or has ended and is not forgotten."""
 
+    @property
+    def pid(self) -> int:
+        """As which process it was started."""
+
     async def wait(self) -> Exit:
         """Wait for the script itself to end; what it left behind is for `sweep`. May be called again."""
 

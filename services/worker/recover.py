@@ -87,9 +87,10 @@ def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, 
     log = structlog.get_logger().bind(job_id=spec.job_id, attempt=spec.attempt, node=node.name)
     tag = node.tag(spec)
     candidates: list[Leader] = [*leaders.get(tag, []), *(node.spool.recorded(tag) if same_boot else [])]
-    started = files.started_as(node.spool.script_dir, spec.job_id, spec.attempt) if same_boot and spec.ours else None
-    if candidates or started is not None:
-        leader = min(candidates) if started is None else _started_as(node, started, candidates)
+    script_path = files.script_path(node.spool.script_dir, spec.job_id, spec.attempt)
+    note = files.note_on(script_path) if same_boot and spec.ours else None
+    if candidates or note is not None:
+        leader = min(candidates) if note is None else _started_as(node, note.pid, candidates)
         log.info("job_adopted", pid=leader.pid)
         script = Adopted(
             leader.pid,
@@ -100,8 +101,10 @@ def _taken_over(node: Node, spec: JobSpec, leaders: dict[int, list[Leader]], *, 
             remove_records=partial(node.spool.remove_records, tag),
             kept_by=node.spool.keeps,
         )
-        verdict = node.spool.verdict(tag, spec.job_id, spec.attempt) if same_boot else None
-        return Run(spec, script, started=proc.seconds_since(leader.start), verdict=verdict)
+        ended = note.why if note is not None else None
+        if ended is None and same_boot and node.spool.ended_in_silence(tag):
+            ended = files.Why.SILENCE
+        return Run(spec, script, started=proc.seconds_since(leader.start), why=ended)
     if why := _why_it_may_have_run(node, spec, same_boot=same_boot):
         log.warning("job_lost", why=why)
         return Run(spec, lost=why, may_run_for=0.0 if spec.ours or not spec.requeue else _silence_of_another(node))

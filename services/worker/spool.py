@@ -2,7 +2,8 @@
 
 ::
 
-    SCRIPT_DIR/job-7.1                     the script of attempt 1 of job 7, from before its start to after its end
+    SCRIPT_DIR/job-7.1                     the script of attempt 1 of job 7, from before its start to after its end; its
+                                           time of change is a note (files.py): which process, and why it is ended
     SCRIPT_DIR/.spool/id                   the identity of this directory
     SCRIPT_DIR/.spool/node                 the node whose worker had the lock last: its are the scripts
     SCRIPT_DIR/.spool/boot                 the boot (and PID namespace) that everything here belongs to
@@ -10,7 +11,8 @@
     SCRIPT_DIR/.spool/replaced/START-PID   a worker that its successor had to kill: its keeper is not to start it again
     SCRIPT_DIR/.spool/keepers/START-PID    a keeper; one that ends in order removes it
     SCRIPT_DIR/.spool/exits/TAG.START.PID  how a session leader with that tag ended, written before it is reaped
-    SCRIPT_DIR/.spool/granted/TAG          an attempt that may be requeued, from before its start to after its end
+    SCRIPT_DIR/.spool/granted/TAG          an attempt that may be requeued, from before its start to after its end; its
+                                           time of change is 0 once a keeper has ended it
     SCRIPT_DIR/.spool/silence              its time of change, in seconds since boot: when keepers end those
 
 Durable here means: survives the death of any process. Nothing is synced to disk: after a new boot nothing of
@@ -18,7 +20,6 @@ this is believed. Only the standard library: the keeper uses this as well.
 """
 
 import fcntl
-import json
 import os
 import secrets
 import signal
@@ -28,8 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from core.records import Ending
-from core.states import Reason, State
 from services.worker import proc
 
 _FOLDER: Final = ".spool"
@@ -100,7 +99,6 @@ class Spool:
             self.folder / "keepers",
             self.folder / "replaced",
             self.folder / "exits",
-            self.folder / "verdicts",
             self.folder / "granted",
         ):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -113,7 +111,7 @@ class Spool:
 
     def begin_boot(self) -> None:
         """Forget the records of an earlier boot."""
-        for path in (*(self.folder / "exits").iterdir(), *(self.folder / "verdicts").iterdir()):
+        for path in (self.folder / "exits").iterdir():
             path.unlink(missing_ok=True)
         _replace(self.folder / "boot", proc.boot_identity())
 
@@ -216,32 +214,17 @@ class Spool:
 
     def recorded_tags(self) -> set[int]:
         """Every tag that something is written of."""
-        found = (*(self.folder / "exits").iterdir(), *(self.folder / "verdicts").iterdir())
-        return {int(path.name.partition(".")[0], 16) for path in found}
+        return {int(path.name.partition(".")[0], 16) for path in (self.folder / "exits").iterdir()}
 
     def remove_records(self, tag: int) -> None:
         """Forget what is written of a tag: its job's end is committed."""
         for leader in self.recorded(tag):
             self._record_path(tag, leader).unlink(missing_ok=True)
-        self._verdict_path(tag).unlink(missing_ok=True)
 
     def write_record(self, tag: int, leader: Leader, returncode: int) -> None:
         """Write how a session leader ended, whole or not at all. Raises OSError, of a full disk for instance."""
         text = f"killed {-returncode}" if returncode < 0 else f"exited {returncode}"
         _replace(self._record_path(tag, leader), text)
-
-    def verdict(self, tag: int, job_id: int, attempt: int) -> Ending | None:
-        """As what a worker began to end an attempt, if it did."""
-        try:
-            text = self._verdict_path(tag).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        state, reason, description = json.loads(text)
-        return Ending(job_id, attempt, State(state), reason, description)
-
-    def write_verdict(self, tag: int, verdict: Ending) -> None:
-        """Say as what it is ended, before it is: a worker that is killed meanwhile has a successor. Raises OSError."""
-        _replace(self._verdict_path(tag), json.dumps([verdict.state, verdict.reason, verdict.description]))
 
     def grant(self, tag: int) -> None:
         """Say, before its start, that an attempt may be requeued. Raises OSError."""
@@ -274,10 +257,15 @@ class Spool:
         except FileNotFoundError:  # nobody has begun to count
             return set()
 
-    def write_silence(self, tag: int) -> None:
-        """Say that an attempt is ended because of that, unless it is being ended as something else. Raises OSError."""
-        why = "requeued: its node did not hear PostgreSQL for too long"
-        _written_once(self._verdict_path(tag), json.dumps([State.PENDING, Reason.NONE, why]))
+    def note_silence(self, tag: int) -> None:
+        """Say that an attempt that may be requeued is ended because of that. Raises OSError."""
+        os.utime(self._grant_path(tag), (0, 0))
+
+    def ended_in_silence(self, tag: int) -> bool:
+        """Whether a keeper has ended an attempt, or is about to."""
+        with suppress(FileNotFoundError):
+            return self._grant_path(tag).stat().st_mtime == 0
+        return False
 
     def _grant_path(self, tag: int) -> Path:
         return self.folder / "granted" / f"{tag:016x}"
@@ -288,9 +276,6 @@ class Spool:
         path = self.folder / "keepers" / f"{stat.start if stat else 0}-{pid}"
         path.touch(mode=0o600)
         return path
-
-    def _verdict_path(self, tag: int) -> Path:
-        return self.folder / "verdicts" / f"{tag:016x}"
 
     def _record_path(self, tag: int, leader: Leader) -> Path:
         return self.folder / "exits" / f"{tag:016x}.{leader.start}.{leader.pid}"
@@ -317,8 +302,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _fresh(path: Path, text: str) -> Path:
-    """A file beside the folders that are listed, on the same disk."""
-    fresh = path.parents[path.parent.name in ("exits", "verdicts")] / f"fresh-{path.name}.{os.getpid()}"
+    """A file beside the folder that is listed, on the same disk."""
+    fresh = path.parents[path.parent.name == "exits"] / f"fresh-{path.name}.{os.getpid()}"
     try:
         fresh.write_text(text, encoding="utf-8")
     except OSError:

@@ -45,8 +45,6 @@ async def supervise(node: Node, run: Run, report: Report, measure: Measure) -> N
     crash.here("worker.reported")
     if run.script is not None:
         run.script.forget()
-    if run.verdict is not None:
-        node.spool.remove_records(node.tag(spec))
     crash.here("worker.forgotten")
     with suppress(OSError):  # a disk that takes no changes; the next worker tries again
         node.scripts.remove(spec.job_id, spec.attempt)
@@ -69,7 +67,7 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger, measure: Meas
             return _ending(run.spec, State.CANCELLED, Reason.NONE)
         try:
             if run.spec.restart_cnt > 0 and not await _measured(node, run, measure):
-                return replace(_verdict(node, run), ran=False)
+                return replace(_verdict(node, run, _why(run)), ran=False)
             run.script = await _start(node, run.spec)
             crash.here("worker.spawned")
             log.info("job_started", name=run.spec.name, account=run.spec.account, cpus=run.spec.cpus)
@@ -79,10 +77,12 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger, measure: Meas
         except (files.FileRefused, process.LaunchFailed, ValueError) as error:
             return _ending(run.spec, State.FAILED, Reason.JOB_LAUNCH_FAILURE, description=str(error))
     try:
-        verdict = run.verdict or await _wait(node, run, run.script) or _verdict_of_keeper(node, run)
-        if verdict is not None:
-            run.verdict = verdict
-            _note(node, verdict)
+        run.why = run.why or await _wait(run, run.script) or _why_of_keeper(node, run.spec)
+        verdict = None
+        if run.why is not None:
+            verdict = _verdict(node, run, run.why)
+            path = files.script_path(node.spool.script_dir, run.spec.job_id, run.spec.attempt)
+            files.note_end(path, run.script.pid, run.why)
             crash.here("worker.noted")
             await process.end(run.script, node.settings.kill_grace_seconds)
         await process.sweep(run.script)
@@ -91,12 +91,6 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger, measure: Meas
         await process.sweep(run.script)
         return _gone(node, run, str(error))
     return replace(verdict or _verdict_of_exit(run.spec, exit_), exit_code=exit_.exit_code, signal=exit_.signal)
-
-
-def _note(node: Node, verdict: Ending) -> None:
-    """Leave the verdict to a successor; where the disk is full, that one has to go by the exit alone."""
-    with suppress(OSError):
-        node.spool.write_verdict(node.tag(verdict), verdict)
 
 
 def _not_started(node: Node, run: Run, error: OSError | process.LaunchShortage) -> Ending:
@@ -116,10 +110,9 @@ def _gone(node: Node, run: Run, why: str) -> Ending:
     return _ending(run.spec, State.NODE_FAIL, Reason.SYSTEM_FAILURE, description=why)
 
 
-def _verdict_of_keeper(node: Node, run: Run) -> Ending | None:
-    """What a keeper left word of that has ended it meanwhile: this worker was frozen."""
-    spec = run.spec
-    return node.spool.verdict(node.tag(spec), spec.job_id, spec.attempt) if spec.requeue else None
+def _why_of_keeper(node: Node, spec: JobSpec) -> files.Why | None:
+    """Whether a keeper has ended it meanwhile: this worker was frozen."""
+    return files.Why.SILENCE if spec.requeue and node.spool.ended_in_silence(node.tag(spec)) else None
 
 
 async def _measured(node: Node, run: Run, measure: Measure) -> bool:
@@ -166,29 +159,34 @@ async def _start(node: Node, spec: JobSpec) -> process.Process:
             )
         except process.LaunchFailed as error:
             if error.pid is not None:
-                files.mark_started(script, error.pid)
+                files.note_start(script, error.pid)
             raise
-    files.mark_started(script, started.pid)
+    files.note_start(script, started.pid)
     return started
 
 
-async def _wait(node: Node, run: Run, script: process.Script) -> Ending | None:
-    """Wait for the script's own end (None), its time limit, its cancel, or the worker's stop: the verdict on it."""
+async def _wait(run: Run, script: process.Script) -> files.Why | None:
+    """Wait for the script's own end (None), its time limit, its cancel, or the worker's stop."""
     limit = run.spec.time_limit_seconds
     with suppress(TimeoutError):
         async with run.patience(None if limit is None else limit - run.started):
             await script.wait()
         return None
-    return _verdict(node, run)
+    return _why(run)
 
 
-def _verdict(node: Node, run: Run) -> Ending:
+def _why(run: Run) -> files.Why:
     """Why it is ended, when it has not ended by itself."""
-    if run.cancelled:
+    return files.Why.CANCEL if run.cancelled else files.Why.STOP if run.stopped else files.Why.TIME_LIMIT
+
+
+def _verdict(node: Node, run: Run, why: files.Why) -> Ending:
+    if why is files.Why.TIME_LIMIT:
+        return _ending(run.spec, State.TIMEOUT, Reason.TIME_LIMIT)
+    if why is files.Why.CANCEL or run.cancelled:
         return _ending(run.spec, State.CANCELLED, Reason.NONE)
-    if run.stopped:
-        return _gone(node, run, f"the worker of node {node.name} was stopped")
-    return _ending(run.spec, State.TIMEOUT, Reason.TIME_LIMIT)
+    silent, stopped = "its node did not hear PostgreSQL for too long", f"the worker of node {node.name} was stopped"
+    return _gone(node, run, silent if why is files.Why.SILENCE else stopped)
 
 
 def _verdict_of_exit(spec: JobSpec, exit_: Exit) -> Ending:

@@ -161,7 +161,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "living-called-lost": Defect(
         "a worker that comes back calls lost what it finds running",
-        lambda: _code(recover, "_taken_over", "if candidates or started is not None:", "if False:"),
+        lambda: _code(recover, "_taken_over", "if candidates or note is not None:", "if False:"),
         "a_script_ends_under_another_worker",
     ),
     "recover-when-replaced": Defect(
@@ -173,7 +173,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "daemon-taken-for-script": Defect(
         "whatever leads a session of a job is taken for its script",
-        lambda: _code(recover, "_taken_over", "if started is None else", "if candidates else"),
+        lambda: _code(recover, "_taken_over", "if note is None else", "if candidates else"),
         "a_daemon_outlives_its_script_and_their_keeper",
     ),
     "unstarted-called-lost": Defect(

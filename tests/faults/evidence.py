@@ -60,7 +60,6 @@ class Row:
     signal: str | None
     time_limit_seconds: int | None
     final: bool
-    cancelled: bool
     script: str
 
     @property
@@ -132,7 +131,7 @@ class Evidence:
 
 _ROWS = """
 SELECT j.job_id, j.name, j.state, j.attempt, j.restart_cnt, j.requeue, j.cpus, j.node, j.exit_code, j.signal,
-       j.time_limit_seconds, j.end_time IS NOT NULL AS final, j.cancel_requested_time IS NOT NULL AS cancelled, s.script
+       j.time_limit_seconds, j.end_time IS NOT NULL AS final, s.script
 FROM jobs j JOIN job_specs s USING (job_id)
 """
 

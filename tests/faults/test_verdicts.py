@@ -25,7 +25,7 @@ def events(*moves: tuple[Attempt, str | None, str, float], node: str = "n1") -> 
     return [Event(attempt, before, after, node, time) for attempt, before, after, time in moves]
 
 
-ROW = Row(1, "one", "FAILED", 1, 0, False, 2, "n1", 3, None, None, True, False, WANTED.script)
+ROW = Row(1, "one", "FAILED", 1, 0, False, 2, "n1", 3, None, None, True, WANTED.script)
 PLACED = (
     (Attempt(1, 0), None, "PENDING", 9.0),
     (FIRST, "PENDING", "CONFIGURING", 10.0),
@@ -121,6 +121,8 @@ BROKEN: list[tuple[str, str, Spoil]] = [
     ("wrong exit codes", "('signal', 'KILL') is told", lambda e: row(e, exit_code=None, signal="KILL")),
     ("wrong exit codes", "('exit', '3') is told", lambda e: said(e, LEDGER.replace("exit 3", "signal KILL"))),
     ("wrong exit codes", "ended with None", lambda e: said(e, LEDGER.splitlines(keepends=True)[0])),
+    ("wrong exit codes", "('signal', 'TERM') is told", lambda e: row(
+        said(e, LEDGER.splitlines(keepends=True)[0]), exit_code=None, signal="TERM")),
     ("wrong exit codes", "without an exit", lambda e: row(e, exit_code=None)),
     ("wrong exit codes", "is COMPLETED with", lambda e: row(e, state="COMPLETED")),
     ("wrong exit codes", "is FAILED with", lambda e: said(row(e, exit_code=0), LEDGER.replace("exit 3", "exit 0"))),

@@ -114,7 +114,7 @@ def wrong_exits(found: Evidence) -> Iterator[str]:
         happened = ends.get(Attempt(row.job_id, row.attempt))
         told = ("exit", str(row.exit_code)) if row.exit_code is not None else ("signal", str(row.signal))
         # One that was being ended may have been hit by our signal before it wrote its end, and after it.
-        by_us = (row.state in _ENDED_BY_US or row.cancelled) and row.signal in _ENDS_WE_GIVE
+        by_us = row.state in _ENDED_BY_US and row.signal in _ENDS_WE_GIVE
         if told != happened and not by_us:
             yield f"job {row.job_id} ({row.name}) ended with {happened}, and {told} is told"
         if row.state in ("COMPLETED", "FAILED") and (row.state == "COMPLETED") != (told == ("exit", "0")):
@@ -287,7 +287,7 @@ def _accepted(found: Evidence) -> Iterator[tuple[Sent, int]]:
 
 def _may_end_unheard(row: Row) -> bool:
     """A script that was ended as it began may not have come to its first line."""
-    return (row.state in _ENDED_BY_US or row.cancelled) and row.signal in _ENDS_WE_GIVE
+    return row.state in _ENDED_BY_US and row.signal in _ENDS_WE_GIVE
 
 
 def _released(found: Evidence) -> dict[Attempt, float]:
