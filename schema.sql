@@ -4,7 +4,8 @@
 --   idempotency_keys by account and key  ->  jobs by job_id  ->  pending  ->  allocations  ->  node_leases  ->  nodes;
 --   of the last two at most one row.
 -- The allocator alone takes several nodes, by name; jobs before them without waiting (SKIP LOCKED), and after them
--- only rows that go with its jobs. So whoever holds a node waits for nothing but later nodes: no cycle can form.
+-- only rows that go with its jobs. Who turns a node over takes more jobs once it holds it, without waiting as well.
+-- So whoever holds a node waits for nothing but later nodes: no cycle can form.
 -- Whoever writes to outputs holds nothing else, and takes its rows by job_id.
 
 CREATE TABLE rowlock_schema (
@@ -138,7 +139,7 @@ CREATE TABLE pending (
 ) WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 CREATE UNIQUE INDEX pending_by_job ON pending (job_id);
 
--- The ledger: who holds how many CPUs of which node. Written by place and release alone.
+-- The ledger: who holds how many CPUs of which node. Written by place, release and turn_over alone.
 CREATE TABLE allocations (
     job_id  bigint PRIMARY KEY,
     node    text NOT NULL REFERENCES nodes,

@@ -1,19 +1,24 @@
 """Builders of what the tests speak of, and short ways into the tables: always over the real statements."""
 
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 from pydantic import SecretStr
 
 from core.db import allocations, jobs, nodes, outputs, pending
+from core.db.allocations import TurnOver
 from core.db.connection import Connection
 from core.policy import plan
-from core.records import Attempt, Ending, JobSpec, NewJob, NodeSpec, Output, Placement
+from core.records import Attempt, Ending, Job, JobSpec, NewJob, NodeSpec, Output, Placement
 from core.settings import Settings
 from core.states import Reason, State
 
 SCRIPT = "#!/bin/sh\ntrue\n"
+LONG = 60  # seconds within which everything is surely over
 
 
 def settings_for(database_url: str, redis_url: str, folder: Path, **changes: Any) -> Settings:
@@ -114,9 +119,13 @@ async def start(connection: Connection, *attempts: Attempt, node: str = "n1", in
     """Start attempts on behalf of a node's worker, before anybody can end them; what restarts append to is empty."""
     async with connection.transaction():
         specs = await jobs.start(connection, attempts, node=node, incarnation=incarnation)
-        begun = [Output(spec.job_id, spec.attempt, spec.restart_cnt, 0, 0) for spec in specs if spec.restart_cnt > 0]
-        assert len(await outputs.store(connection, begun, node=node, incarnation=incarnation)) == len(begun)
+        await _restarts_begin(connection, specs, node=node, incarnation=incarnation)
     return specs
+
+
+async def _restarts_begin(connection: Connection, specs: Sequence[JobSpec], *, node: str, incarnation: int) -> None:
+    begun = [Output(spec.job_id, spec.attempt, spec.restart_cnt, 0, 0) for spec in specs if spec.restart_cnt > 0]
+    assert len(await outputs.store(connection, begun, node=node, incarnation=incarnation)) == len(begun)
 
 
 async def finish(
@@ -127,8 +136,56 @@ async def finish(
     return await allocations.release(connection, endings, node=node, before=State.RUNNING, incarnation=incarnation)
 
 
+async def report(
+    connection: Connection, endings: Sequence[Ending], *, node: str = "n1", incarnation: int = 1, take: bool = True
+) -> TurnOver:
+    """End running attempts on behalf of a node's worker, which takes what waits next; `start` says what of restarts."""
+    async with connection.transaction():
+        turned = await allocations.turn_over(connection, endings, node=node, incarnation=incarnation, take=take)
+        await _restarts_begin(connection, turned.begun, node=node, incarnation=incarnation)
+    return turned
+
+
+async def turn_over(
+    connection: Connection, *attempts: Attempt, state: State = State.COMPLETED, **more: Any
+) -> TurnOver:
+    """Report the end of attempts, all in the same way."""
+    return await report(connection, [an_ending(attempt, state) for attempt in attempts], **more)
+
+
 async def state_of(connection: Connection, job_id: int) -> State:
     """The state of a job."""
     job = await jobs.get(connection, job_id)
     assert job is not None
     return job.state
+
+
+async def job_of(connection: Connection, attempt: Attempt) -> Job:
+    """The job of an attempt, as it is now."""
+    job = await jobs.get(connection, attempt.job_id)
+    assert job is not None
+    return job
+
+
+async def blocked(watcher: asyncpg.Connection, count: int = 1) -> None:
+    """Return when so many wait for a lock that another one holds, in this database."""
+    query = """SELECT count(*) FROM pg_stat_activity
+               WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0"""
+    async with asyncio.timeout(LONG):
+        while await watcher.fetchval(query) < count:  # noqa: ASYNC110 - only the server knows
+            await asyncio.sleep(0.01)
+
+
+async def race(
+    watcher: asyncpg.Connection,
+    two: tuple[Any, Any],
+    first: Callable[[Any], Awaitable[Any]],
+    second: Callable[[Any], Awaitable[Any]],
+) -> tuple[Any, Any]:
+    """The answers when `second` comes while `first` is done and not committed."""
+    one, other = two
+    async with one.transaction():
+        answer = await first(one)
+        task = asyncio.ensure_future(second(other))
+        await blocked(watcher)
+    return answer, await task

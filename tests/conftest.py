@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -24,7 +25,9 @@ from core.db.audit import audit
 from core.db.connection import Pool, open_pool
 from core.settings import Settings, usable_cpus
 from services.standalone.embedded import EmbeddedPostgres, EmbeddedRedis
+from services.worker.node import Node
 from tests.builders import settings_for
+from tests.workers import joined
 
 _numbers = itertools.count(1)
 
@@ -186,6 +189,20 @@ async def pool(settings: Settings) -> AsyncIterator[Pool]:
     found = await open_pool(settings, "test", 8)
     yield found
     found.terminate()
+
+
+@pytest.fixture
+async def two(pool: Pool) -> AsyncIterator[tuple[Any, Any]]:
+    """Two connections that race. Their lock time-out is off: on a slow machine a test must not lose its waiter."""
+    async with pool.acquire() as one, pool.acquire() as other:
+        for racer in (one, other):
+            await racer.execute("SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0")
+        yield one, other
+
+
+@pytest.fixture
+async def node(settings: Settings, pool: Pool, tmp_path: Path, connection: asyncpg.Connection) -> Node:
+    return await joined(settings, pool, tmp_path, connection)
 
 
 @pytest.fixture

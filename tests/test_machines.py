@@ -114,11 +114,13 @@ class Life(RuleBasedStateMachine):
     def do(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.server.do(coroutine)
 
-    @initialize(cpus=CPUS)
-    def begin(self, cpus: int) -> None:
+    @initialize(cpus=CPUS, sizes=st.lists(CPUS, max_size=3), busy=st.sampled_from((True, True, False)))
+    def begin(self, cpus: int, sizes: list[int], busy: bool) -> None:
         self.do(self.db.execute(_EMPTY))
         self.a_worker_registers("n1", cpus, same_spool=True)
-        self._submit([1, cpus])
+        self._submit([1, cpus, *sizes])
+        if busy:  # or most of what ends would find nothing that runs
+            self._start(self._pass(), "n1", 1, fit=True)
 
     # Nodes
 
@@ -211,6 +213,9 @@ class Life(RuleBasedStateMachine):
                 self.jobs[row.job_id] = Known(size)
 
     def a_pass(self, data: st.DataObject) -> None:
+        self._pass()
+
+    def _pass(self) -> list[Attempt]:
         """What it places was waiting, and fits where it is placed; what it leaves fits nowhere."""
         free = self._free()
         placed = self.do(allocate(self.db))
@@ -226,6 +231,7 @@ class Life(RuleBasedStateMachine):
         assert all(left >= 0 for left in free.values())
         waiting = [job.cpus for job in self.jobs.values() if job.state is State.PENDING]
         assert not waiting or min(waiting) > max(free.values(), default=0)
+        return placed
 
     def _free(self) -> dict[str, int]:
         """The CPUs that may be given out, by node."""
@@ -248,6 +254,10 @@ class Life(RuleBasedStateMachine):
         place = self.nodes.get(name)
         incarnation = (place.incarnation if place else 1) - back
         fit = place is not None and back == 0 and not place.draining
+        self._start(attempts, name, incarnation, fit=fit)
+        self._restarts_say_where_they_begin(self._some(data, State.RUNNING), name, data.draw(BACK))
+
+    def _start(self, attempts: list[Attempt], name: str, incarnation: int, *, fit: bool) -> None:
         expected = {a for a in attempts if fit and self._is(a, State.CONFIGURING, name)}
         started = self.do(jobs.start(self.db, attempts, node=name, incarnation=incarnation))
         assert {Attempt(spec.job_id, spec.attempt) for spec in started} == expected
@@ -255,7 +265,6 @@ class Life(RuleBasedStateMachine):
         for attempt in expected:
             self.jobs[attempt.job_id].state = State.RUNNING
         self._restarts_say_where_they_begin(list(expected), name, 0)
-        self._restarts_say_where_they_begin(self._some(data, State.RUNNING), name, data.draw(BACK))
 
     def _restarts_say_where_they_begin(self, attempts: list[Attempt], name: str, back: int) -> None:
         """Those that have just started, and others, on behalf of the current worker or the one before it."""
@@ -283,19 +292,56 @@ class Life(RuleBasedStateMachine):
         name, back, ran = data.draw(st.sampled_from(NAMES)), data.draw(BACK), data.draw(st.booleans())
         before = data.draw(st.sampled_from((State.RUNNING, State.RUNNING, State.CONFIGURING)))
         attempts = self._some(data, before)
-        again = st.just(State.PENDING)  # or there would be few second attempts
-        after = again | st.sampled_from(sorted(allocations.ends_of(before)))
+        after = st.sampled_from(sorted(allocations.ends_of(before) & FINAL))
+        if data.draw(st.booleans()):
+            after |= st.just(State.PENDING)  # or there would be few second attempts
         endings = [_ending(attempt, data.draw(after), ran) for attempt in attempts]
         place = self.nodes.get(name)
         # A worker ends what it ran; what has not started is ended by whoever, without an incarnation.
         incarnation = (place.incarnation if place else 1) - back if before is State.RUNNING else None
         fit = incarnation is None or (place is not None and back == 0)
         expected = {a for a in attempts if fit and self._is(a, before, name)}
+        if incarnation is not None and all(ending.state in FINAL for ending in endings):
+            self._turned_over(endings, name, incarnation, expected, take=data.draw(st.booleans()))
+            return
         ended = self.do(allocations.release(self.db, endings, node=name, before=before, incarnation=incarnation))
         assert ended == expected
         for ending in endings:
             if Attempt(ending.job_id, ending.attempt) in expected:
                 self._ended(self.jobs[ending.job_id], before, ending)
+
+    def _turned_over(
+        self, endings: list[Ending], name: str, incarnation: int, expected: set[Attempt], *, take: bool
+    ) -> None:
+        """For good; what waits next begins in their place, where a pass could place it, too."""
+        turned = self.do(allocations.turn_over(self.db, endings, node=name, incarnation=incarnation, take=take))
+        assert turned.ended == expected
+        for ending in endings:
+            if Attempt(ending.job_id, ending.attempt) in expected:
+                self._ended(self.jobs[ending.job_id], State.RUNNING, ending)
+        begun = self._next_on(name) if take and expected else []
+        assert sorted((spec.job_id, spec.attempt, spec.restart_cnt) for spec in turned.begun) == [
+            (job_id, self.jobs[job_id].attempt + 1, self.jobs[job_id].restarts) for job_id in begun
+        ]
+        for job_id in begun:
+            job = self.jobs[job_id]
+            job.state, job.attempt, job.node = State.RUNNING, job.attempt + 1, name
+            self.everything.append(Attempt(job_id, job.attempt))
+        held = self._held(name)
+        assert turned.free_cpus == (max(self.nodes[name].declared - held, 0) if expected else None)
+        self._restarts_say_where_they_begin([Attempt(i, self.jobs[i].attempt) for i in begun], name, 0)
+
+    def _next_on(self, name: str) -> list[int]:
+        """What waits and is given a node's free CPUs next: until one does not fit that would on the idle rest."""
+        room = left = self._free().get(name, 0)
+        found = []
+        for job_id, job in sorted(self.jobs.items()):
+            if job.state is State.PENDING and job.cpus <= room:
+                left -= job.cpus
+                if left < 0:
+                    break
+                found.append(job_id)
+        return found
 
     def _ended(self, job: Known, before: State, ending: Ending) -> None:
         if ending.state is not State.PENDING:
@@ -391,6 +437,18 @@ WRONG: list[tuple[ModuleType, str, str, str]] = [
     (allocations, "_RELEASE", "j.state = $1", "$1 <> ''"),
     (allocations, "_RELEASE", "FROM released GROUP BY node", "FROM released WHERE false GROUP BY node"),
     (allocations, "_RELEASE", "i.state = 'PENDING' AND j.cancel_requested_time IS NOT NULL", "false"),
+    (allocations, "_TURN_OVER", ATTEMPT, ""),
+    (allocations, "_TURN_OVER", "AND j.state = 'RUNNING'", ""),
+    (allocations, "_TURN_OVER", "AND incarnation = $2", "AND $2::bigint IS NOT NULL"),
+    (allocations, "_TURN_OVER", "AND NOT draining ", ""),
+    (allocations, "_TURN_OVER", "AND lease_until > clock_timestamp() ", ""),
+    (allocations, "_TURN_OVER", "AND $3\n", "AND ($3 OR true)\n"),
+    (allocations, "_TURN_OVER", "n.admin_state = 'RESUME' AND ", ""),
+    (allocations, "_TURN_OVER", "n.declared_cpus - n.alloc_cpus", "n.cpus - n.alloc_cpus"),
+    (allocations, "_TURN_OVER", "AND l.incarnation = $2", "AND $2::bigint IS NOT NULL"),
+    (allocations, "_TURN_OVER", "WHERE h.fits", ""),
+    (allocations, "_TURN_OVER", "coalesce(sum(cpus), 0) FROM changed", "0 FROM changed"),
+    (allocations, "_TURN_OVER", "sum(cpus) FROM released", "0 * sum(cpus) FROM released"),
     (allocations, "_PLACE", "attempt = j.attempt + 1", "attempt = greatest(j.attempt, 1)"),
     (allocations, "_STRANDED", "l.draining OR ", ""),
     (jobs, "_START", "incarnation = $4", "$4::bigint IS NOT NULL"),

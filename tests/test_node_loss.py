@@ -20,7 +20,7 @@ from core.batch import Batcher
 from core.db import allocations, jobs, nodes, outputs
 from core.db.connection import Pool
 from core.loss import MARGIN, Calm, Loss
-from core.records import Attempt, Job, Output, Placement
+from core.records import Attempt, Output, Placement
 from core.settings import Settings
 from core.states import State
 from services.scheduler import lose
@@ -28,18 +28,30 @@ from services.scheduler.lose import Watch
 from services.scheduler.reap import reap_once
 from services.worker import claim, health, proc, serve
 from services.worker import node as worker_node
-from services.worker.files import Scripts
-from services.worker.launch import describe_host
 from services.worker.node import Node, Run, Superseded, heartbeat_once
 from services.worker.recover import recover
 from services.worker.report import write_endings, write_outputs
-from services.worker.spool import Exit, Spool
+from services.worker.spool import Exit
 from services.worker.supervise import attempt
-from tests.builders import a_job, a_node, allocate, an_ending, finish, give, register, start, state_of, submit
+from tests.builders import (
+    LONG,
+    a_job,
+    a_node,
+    allocate,
+    an_ending,
+    blocked,
+    finish,
+    give,
+    job_of,
+    register,
+    start,
+    state_of,
+    submit,
+)
+from tests.workers import a_run, joined, nothing, started
 
 pytestmark = pytest.mark.anyio
 
-LONG = 60  # seconds within which everything is surely over
 LEASE = 5.0
 # With the grants of `a_node`: REQUEUE_AFTER, the grace period, the margin.
 REQUEUE = 60 + 1 + 10
@@ -78,20 +90,6 @@ async def silence(connection: asyncpg.Connection, seconds: float, node: str = "n
         "UPDATE jobs SET start_time = now() - make_interval(secs => $2 + 1) WHERE node = $1 AND state = 'RUNNING'",
         node, seconds,
     )  # fmt: skip
-
-
-async def started(connection: asyncpg.Connection, node: str = "n1", **changes: Any) -> Attempt:
-    """A job that runs on a node."""
-    [job_id] = await submit(connection, a_job(**changes))
-    attempt = await give(connection, job_id, node)
-    assert len(await start(connection, attempt, node=node)) == 1
-    return attempt
-
-
-async def job_of(connection: asyncpg.Connection, attempt: Attempt) -> Job:
-    job = await jobs.get(connection, attempt.job_id)
-    assert job is not None
-    return job
 
 
 async def beat(connection: Any, node: str = "n1", incarnation: int = 1) -> bool:
@@ -260,24 +258,6 @@ async def test_no_node_no_loss(watch: Watch) -> None:
 
 
 # Races
-
-
-async def blocked(watcher: asyncpg.Connection, count: int = 1) -> None:
-    """Return when so many wait for a lock that another one holds, in this database."""
-    query = """SELECT count(*) FROM pg_stat_activity
-               WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0"""
-    async with asyncio.timeout(LONG):
-        while await watcher.fetchval(query) < count:  # noqa: ASYNC110 - only the server knows
-            await asyncio.sleep(0.01)
-
-
-@pytest.fixture
-async def two(pool: Pool) -> AsyncIterator[tuple[Any, Any]]:
-    """Two connections that race. Their lock time-out is off: on a slow machine a test must not lose its waiter."""
-    async with pool.acquire() as one, pool.acquire() as other:
-        for racer in (one, other):
-            await racer.execute("SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0")
-        yield one, other
 
 
 async def race(
@@ -512,31 +492,6 @@ async def test_a_worker_that_comes_back_second_registers_anew(
 # The worker
 
 
-async def joined(settings: Settings, pool: Pool, tmp_path: Path, connection: asyncpg.Connection) -> Node:
-    """A node as its worker knows it, registered and with a spool of its own."""
-    spool = Spool(tmp_path / "scripts")
-    identity = spool.open()
-    granting = settings.model_copy(update={"requeue_after": 60.0})
-    incarnation = await register(connection, a_node(spool_id=identity))
-    host, scripts = describe_host(granting, identity), Scripts(spool.script_dir)
-    found = Node(granting, pool, pool, pool, host, spool, scripts, incarnation, proc.now(), granting.roots, 1)  # type: ignore[arg-type]
-    found.hear(found.heard)
-    return found
-
-
-@pytest.fixture
-async def node(settings: Settings, pool: Pool, tmp_path: Path, connection: asyncpg.Connection) -> Node:
-    return await joined(settings, pool, tmp_path, connection)
-
-
-async def a_run(node: Node, connection: asyncpg.Connection, **changes: Any) -> Run:
-    """What the node runs, without a process."""
-    attempt = await started(connection, **changes)
-    [spec] = await jobs.running(connection, [attempt], node=node.name, incarnation=node.incarnation)
-    run = node.runs[attempt] = Run(spec)
-    return run
-
-
 async def test_what_another_machine_may_still_run_is_not_started_again_before_that_has_ended_it(
     settings: Settings, pool: Pool, tmp_path: Path, connection: asyncpg.Connection
 ) -> None:
@@ -572,7 +527,7 @@ async def test_what_was_never_started_and_is_to_be_cancelled_is_not_started(
     [run] = [run for run, known in begun.items() if known]
     ending = await attempt(node, run, structlog.get_logger(), UNUSED)
     assert (ending.state, run.script) == (State.CANCELLED, None)
-    assert await write_endings(node, [ending]) == [True]
+    assert await write_endings(node, [ending], nothing) == [True]
 
 
 async def test_in_silence_a_worker_ends_what_may_be_requeued(node: Node, connection: asyncpg.Connection) -> None:
@@ -682,7 +637,7 @@ async def test_what_the_keeper_ended_while_the_worker_was_frozen_goes_back(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     ending = await attempt(node, run, structlog.get_logger(), UNUSED)
     assert ending.state is (State.PENDING if requeue else State.FAILED)
-    assert await write_endings(node, [ending]) == [True]
+    assert await write_endings(node, [ending], nothing) == [True]
     job = await job_of(connection, run.attempt)
     assert (job.restart_cnt, job.exit_code) == (int(requeue), None)
 
@@ -728,7 +683,7 @@ async def test_a_restart_that_waits_for_postgres_can_be_ended_and_was_never_star
         ending = await waiting
     assert (ending.state, ending.ran, run.script) == (state, False, None)
     assert not node.settings.work_base_dir.exists()
-    assert await write_endings(node, [ending]) == [True]
+    assert await write_endings(node, [ending], nothing) == [True]
     assert (await job_of(connection, run.attempt)).restart_cnt == 1  # it did not run once more
 
 
@@ -771,7 +726,7 @@ async def test_a_look_fences_what_was_started_elsewhere(
     await connection.execute("UPDATE nodes SET admin_state = 'DRAIN' WHERE name = 'n1'")
     assert await allocate(connection) == [Attempt(lost.spec.job_id, 2)]
     with capture_logs() as logs:
-        await claim.look_once(node, lambda run: pytest.fail(f"{run} began"))
+        await claim.look_once(node, nothing)
     assert [(log["event"], log["job_id"], log["attempt"]) for log in logs] == [("job_fenced", lost.spec.job_id, 1)]
     assert (lost.fenced, lost.stopped) == (True, True)
     assert (kept.fenced, kept.stopped) == (False, False)
@@ -783,7 +738,7 @@ async def test_a_late_end_is_refused(node: Node, connection: asyncpg.Connection,
     await silence(connection, REQUEUE)
     assert await watch.lose_once() == 1
     for state in (State.COMPLETED, State.PENDING):
-        assert await write_endings(node, [an_ending(lost.attempt, state)]) == [False]
+        assert await write_endings(node, [an_ending(lost.attempt, state)], nothing) == [False]
     job = await job_of(connection, lost.attempt)
     assert (job.state, job.restart_cnt) == (State.PENDING, 1)
 

@@ -17,11 +17,25 @@ from core.settings import Settings
 from core.states import FINAL, Reason, State
 from services.scheduler.allocate import allocate_once
 from services.scheduler.reap import reap_once
-from tests.builders import a_job, a_node, allocate, an_ending, finish, give, register, start, state_of, submit
+from tests.builders import (
+    LONG,
+    a_job,
+    a_node,
+    allocate,
+    an_ending,
+    blocked,
+    finish,
+    give,
+    race,
+    register,
+    report,
+    start,
+    state_of,
+    submit,
+    turn_over,
+)
 
 pytestmark = pytest.mark.anyio
-
-LONG = 60  # seconds within which everything is surely over
 
 JOBS = 300
 NODES = {"n1": 8, "n2": 4, "n3": 3}
@@ -37,6 +51,7 @@ class Storm:
         self.started: Counter[Attempt] = Counter()
         self.ended: Counter[Attempt] = Counter()
         self.never: set[Attempt] = set()  # cancelled before they started
+        self.taken = 0  # of what started, by what ended there
         self.looks = 0
         self.most = 0  # CPUs in use at one look
 
@@ -68,10 +83,13 @@ class Storm:
                     self.started.update(Attempt(spec.job_id, spec.attempt) for spec in specs)
                     states = [State.COMPLETED, State.FAILED, State.CANCELLED, State.PENDING]
                     endings = [an_ending(attempt, random.choices(states, [6, 1, 1, 1])[0]) for attempt in running]
-                    ended = await allocations.release(
-                        connection, endings, node=node, before=State.RUNNING, incarnation=1
-                    )
-                    self.ended.update(ended)
+                    final = [ending for ending in endings if ending.state in FINAL]
+                    turned = await report(connection, final, node=node)
+                    self.started.update(Attempt(spec.job_id, spec.attempt) for spec in turned.begun)
+                    self.taken += len(turned.begun)
+                    back = [ending for ending in endings if ending.state not in FINAL]
+                    ended = await allocations.release(connection, back, node=node, before=State.RUNNING, incarnation=1)
+                    self.ended.update(turned.ended | ended)
 
     async def canceller(self, pool: Pool, random: Random) -> None:
         while not await self.over(pool):
@@ -175,43 +193,11 @@ async def test_everybody_at_once(pools: list[Pool], connection: asyncpg.Connecti
     assert storm.looks > 3
     assert storm.most > 0
     assert len(storm.started) > JOBS / 4
+    assert storm.taken > JOBS / 10
     assert storm.never
 
 
 # One race at a time: who is second waits for who is first, and then finds the truth
-
-
-async def blocked(watcher: asyncpg.Connection) -> None:
-    """Return when somebody waits for a lock that another one holds, in this database."""
-    query = """SELECT EXISTS (SELECT FROM pg_stat_activity
-                              WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0)"""
-    async with asyncio.timeout(LONG):
-        while not await watcher.fetchval(query):  # noqa: ASYNC110 - only the server knows
-            await asyncio.sleep(0.01)
-
-
-@pytest.fixture
-async def two(pool: Pool) -> AsyncIterator[tuple[Any, Any]]:
-    """Two connections that race. Their lock time-out is off: on a slow machine a test must not lose its waiter."""
-    async with pool.acquire() as one, pool.acquire() as other:
-        for racer in (one, other):
-            await racer.execute("SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0")
-        yield one, other
-
-
-async def race(
-    watcher: asyncpg.Connection,
-    two: tuple[Any, Any],
-    first: Callable[[Any], Awaitable[Any]],
-    second: Callable[[Any], Awaitable[Any]],
-) -> tuple[Any, Any]:
-    """The answers when `second` comes while `first` is done and not committed."""
-    one, other = two
-    async with one.transaction():
-        answer = await first(one)
-        task = asyncio.ensure_future(second(other))
-        await blocked(watcher)
-    return answer, await task
 
 
 async def test_a_second_finisher_finds_nothing(connection: asyncpg.Connection, two: Any) -> None:
@@ -245,7 +231,11 @@ async def test_of_many_finishers_one_releases(connection: asyncpg.Connection, po
 LOCK = "SELECT FROM jobs WHERE job_id = $1 FOR NO KEY UPDATE NOWAIT"
 
 
-@pytest.mark.parametrize("moved", [start, finish])
+async def ended_by(connection: asyncpg.Connection, *attempts: Attempt) -> set[Attempt]:
+    return (await turn_over(connection, *attempts)).ended
+
+
+@pytest.mark.parametrize("moved", [start, finish, ended_by])
 async def test_a_batch_locks_its_jobs_in_the_order_of_their_numbers(
     connection: asyncpg.Connection, two: Any, moved: Any
 ) -> None:
@@ -253,7 +243,7 @@ async def test_a_batch_locks_its_jobs_in_the_order_of_their_numbers(
     await register(connection)
     await submit(connection, *[a_job()] * 3)
     placed = await allocate(connection)
-    if moved is finish:
+    if moved is not start:
         await start(connection, *placed)
     async with two[0].transaction():
         await two[0].execute(LOCK, placed[1].job_id)

@@ -16,7 +16,7 @@ import pytest
 
 import core.db
 from core.db import allocations, audit, jobs, outputs, pending
-from core.db.connection import SESSION
+from core.db.connection import PLANNED_ONCE, SESSION
 from core.loss import Lease, Loss
 from core.policy import plan
 from core.records import Attempt, Capacity, Ending, Output, Placement, Waiting
@@ -202,6 +202,7 @@ HOT: dict[str, Use] = {
     ),
     "starts": lambda c, n: outputs.starts(c, WAITING[n]),
     "release": lambda c, n: allocations.release(c, endings(n), node="n1", before=State.RUNNING, incarnation=1),
+    "turn_over": lambda c, n: allocations.turn_over(c, endings(n), node="n1", incarnation=1, take=True),
     "of_node": lambda c, n: allocations.of_node(c, "n1"),
     "stranded": lambda c, n: allocations.stranded(c, n),
     "end_on_down": lambda c, n: allocations.end_on_down(c, n),
@@ -272,6 +273,31 @@ async def test_the_cost_of_a_pass_is_that_of_what_fits(full: asyncpg.Connection,
     shapes = 4
     assert len(waiting) >= 8 * free
     assert rows_read(json.loads(document)) <= len(waiting) + 2 * len(free_nodes) + 3 * shapes
+
+
+@pytest.mark.parametrize("count", [1, 8, 60])
+async def test_the_cost_of_a_turn_over_is_that_of_what_ends_and_what_is_taken(
+    full: asyncpg.Connection, count: int
+) -> None:
+    """Each row of either is read when it is found, locked and written, in a few tables; what waits behind is not."""
+    ended = [Ending(job_id, 1, State.COMPLETED, Reason.NONE, exit_code=0) for job_id in HELD if job_id % 8 == 0][:count]
+    transaction = full.transaction()
+    await transaction.start()
+    try:
+        for name, value in PLANNED_ONCE.items():
+            await full.execute(f"SET LOCAL {name} = {value}")
+        recorder = Recorder()
+        await allocations.turn_over(recorder, ended, node="n1", incarnation=1, take=True)  # type: ignore[arg-type]
+        [(text, arguments)] = recorder.ran
+        [[document]] = await full.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) {text}", *arguments)
+        taken = await full.fetchval("SELECT count(*) FROM jobs WHERE job_id >= $1 AND state = 'RUNNING'", WAITING[0])
+    finally:
+        await transaction.rollback()
+    shapes = 4
+    assert count / 4 <= taken <= count
+    assert (
+        rows_read(json.loads(document)) <= 7 * (count + taken) + sum(count // n + 1 for n in range(1, 5)) + 3 * shapes
+    )
 
 
 def rows_read(tree: Any) -> float:

@@ -137,9 +137,17 @@ async def test_who_recovers(lost: Deaf, pool: Pool, monkeypatch: pytest.MonkeyPa
 
 
 async def test_who_reports(lost: Deaf, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocations, "release", lost)
-    node: Any = SimpleNamespace(reports=pool, name="n1", incarnation=1)
-    await told_while_it_waits(report.write_endings(node, []), lost)
+    monkeypatch.setattr(allocations, "turn_over", lost)
+    node: Any = SimpleNamespace(
+        reports=pool,
+        name="n1",
+        incarnation=1,
+        recovered=True,
+        draining=False,
+        claiming=asyncio.Lock(),
+        look=Wakeup(),
+    )
+    await told_while_it_waits(report.write_endings(node, [], lambda _: None), lost)
 
 
 async def test_who_stores_where_a_restart_begins(lost: Deaf, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,6 +268,35 @@ async def test_a_node_whose_worker_is_gone_is_down_and_given_nothing(system: Sys
         assert (await own.api.wait(job["job_id"]))["exit_code"] == 4
 
 
+async def test_a_node_that_was_full_works_on_without_a_scheduler(settings: Settings, tmp_path: Path) -> None:
+    """Each end gives its CPUs to what waits next."""
+    go = tmp_path / "go"
+    script = '#!/bin/bash\nwhile [ ! -e "$GO" ]; do sleep 0.02; done'
+    async with running(settings, tmp_path) as system:
+        sizes = [1, 1, 2, *[1, 2, 4] * 4]
+        jobs = [
+            await system.submit(script, cpus_per_task=size, environment={"GO": str(go)}, name=f"of {size}")
+            for size in sizes
+        ]
+        for job in jobs[:3]:
+            await system.state_is(job["job_id"], "RUNNING")
+        [scheduler] = [child for child in system.children if child.name == "scheduler"]
+        scheduler.process.kill()
+        await scheduler.wait()
+        go.touch()
+        ended = [await system.api.wait(job["job_id"]) for job in jobs]
+        assert {job["state"] for job in ended} == {"COMPLETED"}
+        assert await system.cpus_in_use() == 0
+
+        async def told() -> list[list[object]] | None:
+            stories = [events(settings.log_dir / "worker.log", job["job_id"]) for job in jobs]
+            return [[e["event"] for e in s] for s in stories] if all(len(s) >= 3 for s in stories) else None
+
+        stories = await until(told, "the worker's story of each job")
+        own = ["job_started", "job_ended", "job_released"]
+        assert stories == [own] * 3 + [["job_allocated", *own]] * (len(jobs) - 3)
+
+
 async def test_roles_start_in_any_order_and_wait_for_their_servers(
     databases: object, settings: Settings, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The ledger. `place` and `release` are the only writers of allocations and of nodes.alloc_cpus."""
+"""The ledger. `place`, `release` and `turn_over` are the only writers of allocations and of nodes.alloc_cpus."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ import asyncpg
 import structlog
 
 from core.db.connection import Connection
+from core.db.jobs import spec_of
 from core.loss import Loss
-from core.records import Attempt, Dispatch, Ending, Placement
+from core.records import Attempt, Dispatch, Ending, JobSpec, Placement
 from core.states import FINAL, Reason, State, is_legal
 
 _PLACE = """
@@ -144,6 +145,144 @@ async def release(
         incarnation,
     )
     return {Attempt(*row) for row in rows}
+
+
+_TURN_OVER = """
+WITH RECURSIVE input AS (
+    SELECT * FROM unnest($4::bigint[], $5::int[], $6::text[], $7::text[], $8::text[], $9::int[], $10::text[])
+        AS t (job_id, attempt, state, reason, description, exit_code, signal)
+), locked AS (
+    SELECT i.*, j.cpus FROM jobs j JOIN input i USING (job_id)
+    WHERE j.attempt = i.attempt AND j.state = 'RUNNING' AND j.node = $1
+      AND EXISTS (SELECT FROM node_leases l WHERE l.node = $1 AND l.incarnation = $2)
+    ORDER BY j.job_id FOR NO KEY UPDATE OF j
+), current AS (
+    -- Locked, after the jobs that are waited for: a newer worker that registers meanwhile must find what this begins.
+    SELECT FROM node_leases
+    WHERE node = $1 AND incarnation = $2 AND NOT draining AND lease_until > clock_timestamp() AND $3
+      AND (SELECT count(*) > 0 FROM locked) AND (SELECT job_id FROM pending ORDER BY job_id LIMIT 1) IS NOT NULL
+    FOR SHARE
+), held AS (
+    SELECT n.partitions, n.declared_cpus - n.alloc_cpus + (SELECT sum(cpus)::int FROM locked) AS cpus
+    FROM nodes n WHERE n.name = $1 AND n.admin_state = 'RESUME' AND (SELECT count(*) > 0 FROM current)
+    FOR NO KEY UPDATE
+), shapes AS (
+    (SELECT m.partition, h.cpus AS room, first.cpus
+     FROM held h CROSS JOIN unnest(h.partitions) AS m (partition)
+     CROSS JOIN LATERAL (SELECT p.cpus FROM pending p WHERE p.partition = m.partition AND p.cpus <= h.cpus
+                         ORDER BY p.cpus LIMIT 1) AS first)
+    UNION ALL
+    SELECT s.partition, s.room, next.cpus
+    FROM shapes s
+    CROSS JOIN LATERAL (SELECT p.cpus FROM pending p
+                        WHERE p.partition = s.partition AND p.cpus > s.cpus AND p.cpus <= s.room
+                        ORDER BY p.cpus LIMIT 1) AS next
+), heads AS (
+    -- Of each shape one more than fits: nothing behind it is taken. The 64 tell the planner, too, that they are few.
+    SELECT head.job_id, sum(s.cpus) OVER (ORDER BY head.job_id) <= s.room AS fits
+    FROM shapes s
+    CROSS JOIN LATERAL (SELECT p.job_id FROM pending p WHERE p.partition = s.partition AND p.cpus = s.cpus
+                        ORDER BY p.job_id LIMIT s.room / s.cpus + 1) AS head
+    ORDER BY head.job_id LIMIT 64
+), taken AS (
+    -- Without waiting: whoever waits for the node may hold them.
+    SELECT j.job_id, j.attempt
+    FROM heads h
+    CROSS JOIN LATERAL (SELECT j.job_id, j.attempt FROM jobs j WHERE j.job_id = h.job_id AND j.state = 'PENDING'
+                        FOR NO KEY UPDATE SKIP LOCKED) AS j
+    WHERE h.fits
+), changed AS (
+    UPDATE jobs j SET
+        state = c.after, state_reason = c.reason, state_description = c.description,
+        exit_code = c.exit_code, signal = c.signal,
+        attempt = j.attempt + (c.before = 'PENDING')::int,
+        node = $1,
+        incarnation = CASE c.before WHEN 'PENDING' THEN $2 ELSE j.incarnation END,
+        allocate_time = CASE c.before WHEN 'PENDING' THEN clock_timestamp() ELSE j.allocate_time END,
+        start_time = CASE c.before WHEN 'PENDING' THEN clock_timestamp() ELSE j.start_time END,
+        end_time = CASE c.before WHEN 'RUNNING' THEN clock_timestamp() END,
+        cancel_requested_time = CASE c.after WHEN 'CANCELLED' THEN coalesce(j.cancel_requested_time, now())
+                                             ELSE j.cancel_requested_time END
+    FROM (SELECT job_id, attempt, 'RUNNING' AS before, state AS after, reason, description, exit_code, signal
+          FROM locked
+          UNION ALL
+          SELECT job_id, attempt, 'PENDING', 'RUNNING', 'None', NULL, NULL, NULL FROM taken) c
+    WHERE j.job_id = c.job_id AND j.attempt = c.attempt AND j.state = c.before
+    RETURNING j.*
+), released AS (
+    DELETE FROM allocations a USING changed c
+    WHERE c.state <> 'RUNNING' AND a.job_id = c.job_id AND a.attempt = c.attempt
+    RETURNING a.cpus
+), dequeued AS (
+    DELETE FROM pending p USING changed c WHERE c.state = 'RUNNING' AND p.job_id = c.job_id
+), charged AS (
+    INSERT INTO allocations (job_id, node, attempt, cpus)
+    SELECT job_id, node, attempt, cpus FROM changed WHERE state = 'RUNNING'
+), balance AS MATERIALIZED (
+    SELECT (SELECT coalesce(sum(cpus), 0) FROM changed WHERE state = 'RUNNING')::int
+           - (SELECT sum(cpus) FROM released)::int AS cpus
+), balanced AS (
+    UPDATE nodes n SET alloc_cpus = n.alloc_cpus + b.cpus, cpus = greatest(n.declared_cpus, n.alloc_cpus + b.cpus)
+    FROM balance b WHERE n.name = $1 AND b.cpus IS NOT NULL
+    RETURNING n.cpus - n.alloc_cpus AS free
+), logged AS (
+    INSERT INTO job_events (job_id, attempt, from_state, to_state, reason, node, time)
+    SELECT c.job_id, c.attempt, step.before, coalesce(step.after, c.state), c.state_reason, c.node,
+           coalesce(c.end_time, c.start_time)
+    FROM changed c
+    JOIN (VALUES (false, 1, 'RUNNING', NULL), (true, 1, 'PENDING', 'CONFIGURING'), (true, 2, 'CONFIGURING', 'RUNNING'))
+         AS step (begins, number, before, after) ON step.begins = (c.state = 'RUNNING')
+    ORDER BY c.job_id, step.number
+)
+SELECT (SELECT free FROM balanced) AS free,
+       j.job_id, j.attempt, j.restart_cnt, j.name, j.account, j.partition, j.tasks, j.cpus_per_task, j.cpus,
+       j.memory_mib, j.time_limit_seconds, j.requeue, j.start_time, s.script, s.environment,
+       s.current_working_directory, s.standard_output, s.standard_error, s.cpus_per_task_given, s.tasks_per_node_given
+FROM changed j LEFT JOIN job_specs s ON s.job_id = j.job_id AND j.state = 'RUNNING'
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnOver:
+    """What became of a report."""
+
+    ended: set[Attempt]
+    """The attempts that were current, and are over."""
+    begun: list[JobSpec]
+    """What is RUNNING in their place, and has not been launched."""
+    free_cpus: int | None
+    """What is left of the node; None when nothing ended."""
+
+
+async def turn_over(
+    connection: Connection, endings: Sequence[Ending], *, node: str, incarnation: int, take: bool
+) -> TurnOver:
+    """End running attempts for good, and give the node's free CPUs to what waits: RUNNING, all in one commit.
+
+    Where more waits than runs, this saves jobs the way over the scheduler. Taken is what that would place next on
+    this node: the oldest jobs of its partitions that fit, until the first that does not any more, 64 at most.
+    The rest is the scheduler's: what somebody else holds, what fits behind a larger one, other nodes. `take` says
+    whether the worker takes anything. Fenced as `release` and `jobs.start` are. ValueError when an ending is no legal
+    end of what runs, or is PENDING: that is for `release`.
+    """
+    if wrong := {ending.state for ending in endings} - (ends_of(State.RUNNING) & FINAL):
+        raise ValueError(f"an attempt that is RUNNING does not end as {', '.join(sorted(wrong))}")
+    rows = await connection.fetch(
+        _TURN_OVER,
+        node,
+        incarnation,
+        take,
+        [ending.job_id for ending in endings],
+        [ending.attempt for ending in endings],
+        [ending.state for ending in endings],
+        [ending.reason for ending in endings],
+        [ending.description for ending in endings],
+        [ending.exit_code for ending in endings],
+        [ending.signal for ending in endings],
+    )
+    begun = [spec_of(dict(list(row.items())[1:])) for row in rows if row["script"] is not None]
+    ended = {Attempt(row["job_id"], row["attempt"]) for row in rows if row["script"] is None}
+    return TurnOver(ended, begun, rows[0]["free"] if rows else None)
 
 
 _UNCLAIMED = """

@@ -294,7 +294,7 @@ async def start(connection: Connection, attempts: Sequence[Attempt], *, node: st
     rows = await connection.fetch(
         _START, [a.job_id for a in attempts], [a.attempt for a in attempts], node, incarnation
     )
-    return [_spec(row) for row in rows]
+    return [spec_of(row) for row in rows]
 
 
 _RUNNING = """
@@ -314,10 +314,11 @@ async def running(connection: Connection, attempts: Sequence[Attempt], *, node: 
     rows = await connection.fetch(
         _RUNNING, [a.job_id for a in attempts], [a.attempt for a in attempts], node, incarnation
     )
-    return [_spec(row) for row in rows]
+    return [spec_of(row) for row in rows]
 
 
-def _spec(row: Mapping[str, Any] | asyncpg.Record) -> JobSpec:
+def spec_of(row: Mapping[str, Any] | asyncpg.Record) -> JobSpec:
+    """What a row says whose columns are the fields of JobSpec."""
     return JobSpec(**{**row, "environment": json.loads(row["environment"])})
 
 

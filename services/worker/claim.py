@@ -1,7 +1,7 @@
 """Claim: attempts allocated to this node are moved to RUNNING, and launched; what the tables say is obeyed."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import structlog
 
@@ -11,11 +11,9 @@ from core.db.connection import CONNECTION_ERRORS
 from core.records import Attempt
 from core.states import State
 from core.streams import Reader
-from services.worker.node import Node, Run
+from services.worker.node import Begin, Node, Run
 
 BATCH = 200
-
-Begin = Callable[[Run], None]
 
 
 async def consume_once(node: Node, reader: Reader, begin: Begin) -> int:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +113,10 @@ class Run:
             self._patience.reschedule(0)
 
 
+Begin = Callable[[Run], None]
+"""Enters a run among the node's runs, and sees it to its end."""
+
+
 @dataclass(slots=True)
 class Node:
     """What the duties of a worker share."""
@@ -136,6 +140,8 @@ class Node:
     runs: dict[Attempt, Run] = field(default_factory=dict)
     # A start and a look at the tables never overlap: a look taken before a start's commit knows nothing of it.
     claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
+    recovered: bool = False
+    """Whether it is found out what an earlier worker left: nothing new starts before."""
     draining: bool = False
     trouble: str | None = "not looked at yet"
     """Why this node cannot start anything now, such as a full disk."""

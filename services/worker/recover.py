@@ -1,6 +1,6 @@
 """Recover: what an earlier worker of this node left running is found again, before anything new starts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 import structlog
@@ -14,11 +14,9 @@ from core.records import Attempt, JobSpec
 from core.states import State
 from services.worker import files, keeper, proc, process
 from services.worker.environment import MARK, mark, read_mark, tag_of_mark
-from services.worker.node import Node, Run
+from services.worker.node import Begin, Node, Run
 from services.worker.process import Adopted
 from services.worker.spool import UNKNOWN, Leader
-
-Begin = Callable[[Run], None]
 
 
 async def recover(node: Node, begin: Begin) -> bool:
@@ -48,6 +46,7 @@ async def recover(node: Node, begin: Begin) -> bool:
     crash.here("worker.recovered")
     await _end_stale(node, {run.attempt for run in runs})
     _tidy(node, specs)
+    node.recovered = True
     return True
 
 

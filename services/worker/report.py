@@ -1,22 +1,26 @@
-"""Report: the ends, or restarts, that piled up are written in one statement, however long PostgreSQL is away."""
+"""Report: the ends, or restarts, that piled up are written in one statement, however long PostgreSQL is away.
+
+The statement that ends jobs gives their CPUs to the next ones, which begin here at once.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress
 
 import structlog
 
+from core import crash
 from core.cancellation import pause
 from core.db import allocations, jobs, nodes, outputs
 from core.db.connection import CONNECTION_ERRORS, RETRY_SECONDS, Connection, describe, notify
 from core.records import Attempt, Ending, Output
-from core.states import State
-from services.worker.node import Node
+from core.states import FINAL, State
+from services.worker.node import Begin, Node, Run
 
 BATCH = 500
 
 
-async def write_endings(node: Node, endings: Sequence[Ending]) -> list[bool]:
-    """End attempts and return their CPUs; False for one that was not current any more.
+async def write_endings(node: Node, endings: Sequence[Ending], begin: Begin) -> list[bool]:
+    """End attempts, return their CPUs, and begin what got them; False for an end that was not current any more.
 
     Tried until PostgreSQL says what became of each. A compare-and-set may be written again after a connection that
     broke at the commit: what it does not find any more is read back. A worker that is not its node's any more writes
@@ -25,14 +29,15 @@ async def write_endings(node: Node, endings: Sequence[Ending]) -> list[bool]:
     said, unsure = False, False
     while True:
         try:
+            turned = await _turn_over(node, endings, begin)
+            ended = turned.ended
+            refused = [e for e in endings if Attempt(e.job_id, e.attempt) not in ended]
+            if not refused:
+                break
             async with node.reports.acquire() as connection:
-                ended = await allocations.release(
-                    connection, endings, node=node.name, before=State.RUNNING, incarnation=node.incarnation
-                )
-                refused = [e for e in endings if Attempt(e.job_id, e.attempt) not in ended]
-                if refused and unsure:
+                if unsure:
                     ended |= await _written_before(connection, refused)
-                if not refused or await nodes.is_current(connection, node.name, node.incarnation):
+                if await nodes.is_current(connection, node.name, node.incarnation):
                     break
             node.beat.set()
         except CONNECTION_ERRORS as error:
@@ -41,10 +46,38 @@ async def write_endings(node: Node, endings: Sequence[Ending]) -> list[bool]:
                 structlog.get_logger().warning("report_waits", jobs=len(endings), error=describe(error))
                 said = True
         await pause(RETRY_SECONDS)
-    with suppress(*CONNECTION_ERRORS):  # a hint that is lost costs a poll of the scheduler's
-        async with node.reports.acquire() as connection:
-            await notify(connection)
+    if turned.free_cpus != 0:
+        with suppress(*CONNECTION_ERRORS):  # a hint that is lost costs a poll of the scheduler's
+            async with node.reports.acquire() as connection:
+                await notify(connection)
     return [Attempt(ending.job_id, ending.attempt) in ended for ending in endings]
+
+
+async def _turn_over(node: Node, endings: Sequence[Ending], begin: Begin) -> allocations.TurnOver:
+    """One try. Until what it has started is among the runs, nobody looks at the tables."""
+    async with node.reports.acquire() as connection, node.claiming:
+        try:
+            turned = await _write(connection, node, endings)
+        except CONNECTION_ERRORS:
+            node.look.set()  # the commit may have happened: the tables know what it has started
+            raise
+        crash.here("worker.turned")
+        for spec in turned.begun:
+            structlog.get_logger().info(
+                "job_allocated", job_id=spec.job_id, attempt=spec.attempt, node=node.name, cpus=spec.cpus
+            )
+            begin(Run(spec))
+    return turned
+
+
+async def _write(connection: Connection, node: Node, endings: Sequence[Ending]) -> allocations.TurnOver:
+    """What goes back to the queue, with all that is reported beside it, does not come back in the same moment."""
+    name, incarnation = node.name, node.incarnation
+    if all(ending.state in FINAL for ending in endings):
+        take = node.recovered and not node.draining
+        return await allocations.turn_over(connection, endings, node=name, incarnation=incarnation, take=take)
+    ended = await allocations.release(connection, endings, node=name, before=State.RUNNING, incarnation=incarnation)
+    return allocations.TurnOver(ended, begun=[], free_cpus=None)
 
 
 async def _written_before(connection: Connection, endings: Sequence[Ending]) -> set[Attempt]:

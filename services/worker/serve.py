@@ -60,7 +60,7 @@ async def _unless(stop: asyncio.Event, doing: Coroutine[Any, Any, Any]) -> Any:
 
 async def _work(node: Node, stop: asyncio.Event) -> None:
     settings, poll = node.settings, node.settings.poll_seconds
-    reports: Batcher[Ending, bool] = Batcher(lambda endings: report.write_endings(node, endings), report.BATCH)
+    reports: Batcher[Ending, bool] = Batcher(lambda endings: report.write_endings(node, endings, begin), report.BATCH)
     measures: Batcher[Output, bool] = Batcher(lambda outputs: report.write_outputs(node, outputs), report.BATCH)
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         client = streams.connect(settings)
@@ -70,6 +70,8 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
         supervisions: set[asyncio.Task[None]] = set()
 
         def begin(run: Run) -> None:
+            if node.draining and settings.end_jobs:  # taken as the stop was said: it does not start
+                run.stop()
             node.runs[run.attempt] = run
             task = group.create_task(supervise(node, run, reports, measures))
             supervisions.add(task)

@@ -65,6 +65,8 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger, measure: Meas
     if run.script is None:
         if run.cancelled:  # an earlier worker committed its start, and got no further
             return _ending(run.spec, State.CANCELLED, Reason.NONE)
+        if run.stopped:
+            return replace(_ending(run.spec, State.PENDING, Reason.NONE), ran=False)
         try:
             if run.spec.restart_cnt > 0 and not await _measured(node, run, measure):
                 return replace(_verdict(node, run, _why(run)), ran=False)

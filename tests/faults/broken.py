@@ -49,25 +49,34 @@ def _code(owner: Any, name: str, old: str, new: str) -> None:
     setattr(owner, name, made[name])
 
 
-def _release_in_two_transactions() -> None:
-    source = allocations._RELEASE
-    begin, end = source.index("), released AS ("), source.index("), requeued AS (")
-    allocations._RELEASE = source[:begin] + source[end:]
-    whole = allocations.release
+def _end_any_attempt() -> None:
+    _text(allocations, "_RELEASE", "j.attempt = i.attempt AND ", "")
+    _text(allocations, "_TURN_OVER", "j.attempt = i.attempt AND ", "")
+    _text(allocations, "_TURN_OVER", "AND j.attempt = c.attempt ", "")
 
-    async def release(connection: Any, endings: Sequence[Any], **more: Any) -> Any:
-        ended = await whole(connection, endings, **more)
+
+def _end_by_any_incarnation() -> None:
+    _text(allocations, "_RELEASE", "AND l.incarnation = $11", "AND $11::bigint IS NOT NULL")
+    _text(allocations, "_TURN_OVER", "AND l.incarnation = $2", "AND $2::bigint IS NOT NULL")
+
+
+def _release_in_two_transactions() -> None:
+    _text(allocations, "_TURN_OVER", "WHERE c.state <> 'RUNNING' AND a.job_id", "WHERE false AND a.job_id")
+    whole = allocations.turn_over
+
+    async def turn_over(connection: Any, endings: Sequence[Any], **more: Any) -> Any:
+        turned = await whole(connection, endings, **{**more, "take": False})
         await connection.execute(
             """
             WITH released AS (DELETE FROM allocations WHERE job_id = ANY ($1::bigint[]) RETURNING node, cpus)
             UPDATE nodes n SET alloc_cpus = n.alloc_cpus - r.cpus,
                                cpus = greatest(n.declared_cpus, n.alloc_cpus - r.cpus)
             FROM (SELECT node, sum(cpus)::int AS cpus FROM released GROUP BY node) r WHERE n.name = r.node""",
-            [attempt.job_id for attempt in ended],
+            [attempt.job_id for attempt in turned.ended],
         )
-        return ended
+        return turned
 
-    allocations.release = release
+    allocations.turn_over = turn_over
 
 
 def _place_whatever_is_left() -> None:
@@ -102,12 +111,12 @@ def _cancelled_whatever_its_state() -> None:
 DEFECTS: dict[str, Defect] = {
     "end-any-attempt": Defect(
         "the end of an attempt does not ask for the attempt",
-        lambda: _text(allocations, "_RELEASE", "j.attempt = i.attempt AND ", ""),
+        _end_any_attempt,
         "the_answer_to_a_requeue_is_lost",
     ),
     "end-by-any-incarnation": Defect(
         "the end of an attempt does not ask for the worker's incarnation",
-        lambda: _text(allocations, "_RELEASE", "AND l.incarnation = $11", "AND $11::bigint IS NOT NULL"),
+        _end_by_any_incarnation,
         "an_end_of_an_earlier_worker_comes_late",
     ),
     "start-by-any-incarnation": Defect(

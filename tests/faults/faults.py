@@ -346,7 +346,8 @@ async def second_worker(run: Run) -> Struck | None:
     node = _a_worker(run).node
     met = await run.states(node)
     run.replaced += 1
-    other = await run.cluster.add_worker(f"other-{node}-{run.replaced}", node, f"{node}-other-{run.replaced}")
+    name, folder = f"other-{node}-{run.replaced}", f"{node}-other-{run.replaced}"
+    other = await run.cluster.add_worker(name, node, folder, END_JOBS="true")  # or the node is its jobs' for as long
     other.kept, other.struck = False, True
     assert other.child is not None
     ended = await other.child.ended_within(20)

@@ -205,7 +205,7 @@ async def the_answer_to_an_end_is_lost(run: Run) -> None:
     [role] = run.cluster.of("worker")
     sent = await a_job(run, sleeps(0.3, "leave 4"))
     await says(run, sent, "start")
-    role.postgres.lose(allocations._RELEASE)
+    role.postgres.lose(allocations._TURN_OVER)
     await says(run, sent, "end")
 
 
@@ -236,7 +236,7 @@ async def an_end_of_an_earlier_worker_comes_late(run: Run) -> None:
     incarnation = await _incarnation(run)
     await run.cluster.retire(first)
     other = await run.cluster.add_worker("other", "n1", "elsewhere")
-    other.postgres.hold(allocations._RELEASE)
+    other.postgres.hold(allocations._TURN_OVER)
     await _registers(run, other, incarnation)
     await asyncio.wait_for(other.postgres.tripped.wait(), 20)
     await _lease_over(run)

@@ -20,7 +20,7 @@ SHOWN = 100
 WRITES: dict[str, tuple[str, ...]] = {
     "api": (jobs._INSERT, jobs._CANCEL_WAITING, allocations._RELEASE),
     "scheduler": (allocations._PLACE,),
-    "worker": (jobs._START, allocations._RELEASE),
+    "worker": (jobs._START, allocations._TURN_OVER, allocations._RELEASE),
 }
 
 

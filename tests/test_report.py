@@ -1,0 +1,290 @@
+"""A worker's report: what gets the CPUs of what has ended begins here, once, and only while anything may."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import asyncpg
+import pytest
+import structlog
+from pydantic import SecretStr
+from structlog.testing import capture_logs
+
+from core.db import allocations, jobs
+from core.db.allocations import TurnOver
+from core.db.connection import PLANNED_ONCE, WAKE_CHANNEL, Line
+from core.records import Attempt, JobSpec
+from core.settings import Settings
+from core.states import State
+from services.worker import claim, files, process, serve, supervise
+from services.worker.node import Node, Run
+from services.worker.recover import recover
+from services.worker.report import write_endings
+from services.worker.spool import Exit
+from services.worker.supervise import attempt
+from tests.builders import LONG, a_job, allocate, an_ending, job_of, state_of, submit
+from tests.faults.wires import Wires
+from tests.workers import a_run, nothing, started
+
+pytestmark = pytest.mark.anyio
+
+NEVER_USED: Any = None
+
+
+class Begun:
+    """What begins, among the node's runs at once."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.runs: list[Run] = []
+
+    def __call__(self, run: Run) -> None:
+        self.node.runs[run.attempt] = run
+        self.runs.append(run)
+
+    @property
+    def job_ids(self) -> list[int]:
+        return sorted(run.spec.job_id for run in self.runs)
+
+
+@pytest.fixture
+def begun(node: Node) -> Begun:
+    return Begun(node)
+
+
+async def an_end(node: Node, connection: asyncpg.Connection, cpus: int = 4) -> Run:
+    """What has filled the node, and is over but for its report."""
+    run = await a_run(node, connection, cpus=cpus)
+    run.over = True
+    return run
+
+
+@asynccontextmanager
+async def hearing(connection: asyncpg.Connection) -> AsyncIterator[Callable[[], Awaitable[int]]]:
+    """Answers how often the scheduler has been woken."""
+    said: asyncio.Queue[str] = asyncio.Queue()
+    await connection.add_listener(WAKE_CHANNEL, lambda *told: said.put_nowait(str(told[-1])))
+
+    async def heard() -> int:
+        await connection.execute(f"NOTIFY {WAKE_CHANNEL}, 'now'")
+        count = 0
+        async with asyncio.timeout(LONG):
+            while await said.get() != "now":
+                count += 1
+        return count
+
+    yield heard
+
+
+async def test_what_is_taken_begins(node: Node, connection: asyncpg.Connection, begun: Begun) -> None:
+    over = await an_end(node, connection)
+    first, second, third = await submit(connection, a_job(3), a_job(1), a_job(1))
+    with capture_logs() as logs:
+        assert await write_endings(node, [an_ending(over.attempt)], begun) == [True]
+    assert begun.job_ids == [first, second]
+    assert sorted((log["job_id"], log["attempt"], log["node"], log["cpus"]) for log in logs) == [
+        (first, 1, "n1", 3),
+        (second, 1, "n1", 1),
+    ]
+    assert {log["event"] for log in logs} == {"job_allocated"}
+    assert await state_of(connection, third) is State.PENDING
+    known = await jobs.running(connection, [run.attempt for run in begun.runs], node="n1", incarnation=1)
+    assert {run.spec.job_id: replace(run.spec, incarnation=1) for run in begun.runs} == {s.job_id: s for s in known}
+
+
+async def test_a_look_at_the_same_time_finds_what_was_taken_among_the_runs(
+    node: Node, connection: asyncpg.Connection, begun: Begun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes between the commit and the beginning, and waits, or would take it for one whose answer was lost."""
+    over = await an_end(node, connection)
+    [job_id] = await submit(connection, a_job(4))
+    looks: list[asyncio.Future[int]] = []
+    turn_over = allocations.turn_over
+
+    async def slowly(*args: Any, **more: Any) -> TurnOver:
+        turned = await turn_over(*args, **more)
+        look = asyncio.ensure_future(claim.look_once(node, begun))
+        looks.append(look)
+        while not (look.done() or node.claiming._waiters):  # noqa: ASYNC110 - neither can be waited for
+            await asyncio.sleep(0)
+        return turned
+
+    monkeypatch.setattr(allocations, "turn_over", slowly)
+    async with asyncio.timeout(LONG):
+        assert await write_endings(node, [an_ending(over.attempt)], begun) == [True]
+        assert [await look for look in looks] == [0]
+    assert begun.job_ids == [job_id]
+    assert [run.fenced for run in node.runs.values()] == [False, False]
+
+
+@pytest.fixture
+async def wires(node: Node, settings: Settings) -> AsyncIterator[Wires]:
+    """The way of the node's reports, which can lose an answer."""
+    found = Wires(settings.postgres_dsn)
+    await found.mend()
+    by_it = settings.model_copy(update={"database_url": SecretStr(found.url)})
+    node.reports = Line(by_it, "worker", **PLANNED_ONCE)
+    yield found
+    node.reports.close()
+    await found.close()
+
+
+async def test_an_answer_that_is_lost_costs_nothing(
+    node: Node, connection: asyncpg.Connection, begun: Begun, wires: Wires
+) -> None:
+    """The ends are found written; the look, which is called for, begins what was taken: once."""
+    over = await an_end(node, connection)
+    [job_id] = await submit(connection, a_job(4))
+    wires.lose(allocations._TURN_OVER)
+    async with asyncio.timeout(LONG):
+        assert await write_endings(node, [an_ending(over.attempt)], begun) == [True]
+        assert wires.tripped.is_set()
+        assert begun.runs == []
+        assert (await job_of(connection, Attempt(job_id, 1))).state is State.RUNNING
+        node.end(over)
+        assert await node.look.wait(LONG)
+        for _ in range(2):
+            await claim.look_once(node, begun)
+    assert [(run.attempt, run.fenced) for run in begun.runs] == [(Attempt(job_id, 1), False)]
+    assert await write_endings(node, [an_ending(Attempt(job_id, 1))], nothing) == [True]
+
+
+async def test_nothing_is_taken_by_a_worker_that_drains(node: Node, connection: asyncpg.Connection) -> None:
+    over = await an_end(node, connection)
+    [job_id] = await submit(connection)
+    node.draining = True
+    assert await write_endings(node, [an_ending(over.attempt)], nothing) == [True]
+    assert await state_of(connection, job_id) is State.PENDING
+
+
+async def test_what_goes_back_is_not_taken_at_once(node: Node, connection: asyncpg.Connection) -> None:
+    """Nor is anything else that is reported with it."""
+    back, over = await a_run(node, connection, requeue=True), await a_run(node, connection)
+    [job_id] = await submit(connection)
+    endings = [an_ending(over.attempt), an_ending(back.attempt, State.PENDING)]
+    async with hearing(connection) as heard:
+        assert await write_endings(node, endings, nothing) == [True, True]
+        assert await heard() == 1
+    assert [await state_of(connection, i) for i in (back.spec.job_id, over.spec.job_id, job_id)] == [
+        State.PENDING,
+        State.COMPLETED,
+        State.PENDING,
+    ]
+
+
+@pytest.mark.parametrize(("sizes", "told"), [([4], 0), ([2, 2], 0), ([3], 1), ([3, 2], 1), ([], 1)])
+async def test_the_scheduler_is_told_unless_the_node_is_full(
+    node: Node, connection: asyncpg.Connection, begun: Begun, sizes: list[int], told: int
+) -> None:
+    over = await an_end(node, connection)
+    if sizes:
+        await submit(connection, *map(a_job, sizes))
+    async with hearing(connection) as heard:
+        assert await write_endings(node, [an_ending(over.attempt)], begun) == [True]
+        assert await heard() == told
+
+
+async def test_nothing_is_taken_while_it_is_found_out_what_an_earlier_worker_left(
+    node: Node, connection: asyncpg.Connection, begun: Begun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its script, its record and its grant would be those of nobody, and be removed."""
+    node.recovered = False
+    over, last = await started(connection, cpus=3), await started(connection, cpus=1)
+    [job_id] = await submit(connection, a_job(1))
+    files.script_path(node.spool.script_dir, 10**6, 1).touch()  # of what runs on for a while
+
+    async def slowly(*_: Any) -> bool:
+        assert await write_endings(node, [an_ending(over)], begun) == [True]
+        return False
+
+    monkeypatch.setattr(process, "end_stale", slowly)
+    assert await recover(node, begun)
+    assert await state_of(connection, over.job_id) is State.COMPLETED
+    assert begun.job_ids == [over.job_id, last.job_id]
+    assert await write_endings(node, [an_ending(last)], begun) == [True]
+    assert begun.job_ids == [over.job_id, last.job_id, job_id]
+
+
+# A stop as it is taken
+
+
+async def test_what_is_to_end_before_it_has_started_does_not_start(node: Node, connection: asyncpg.Connection) -> None:
+    run = await a_run(node, connection)
+    run.stop()
+    ending = await attempt(node, run, structlog.get_logger(), NEVER_USED)
+    assert (ending.state, ending.ran, run.script) == (State.PENDING, False, None)
+    assert await write_endings(node, [ending], nothing) == [True]
+    job = await job_of(connection, run.attempt)
+    assert (job.state, job.attempt, job.restart_cnt) == (State.PENDING, 1, 0)
+
+
+async def test_a_cancel_beats_the_stop(node: Node, connection: asyncpg.Connection) -> None:
+    run = await a_run(node, connection)
+    run.stop()
+    run.cancel()
+    ending = await attempt(node, run, structlog.get_logger(), NEVER_USED)
+    assert (ending.state, run.script) == (State.CANCELLED, None)
+
+
+class Played:
+    """Stands where a script does that ends at once, or never."""
+
+    pid = 7
+
+    def __init__(self, *, ends: bool) -> None:
+        self.ended = asyncio.Event()
+        if ends:
+            self.ended.set()
+
+    async def wait(self) -> Exit:
+        await self.ended.wait()
+        return Exit(0, None)
+
+    def signal(self, number: int) -> None:
+        pytest.fail(f"it is sent {number}")
+
+    def members(self) -> list[int]:
+        return []
+
+    def kill_leftovers(self) -> bool:
+        return False
+
+    def forget(self) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("redis_client")
+@pytest.mark.parametrize(("end_jobs", "state"), [(True, State.PENDING), (False, State.RUNNING)])
+async def test_what_is_taken_as_a_stop_is_said(
+    node: Node, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, end_jobs: bool, state: State
+) -> None:
+    """With END_JOBS it goes back and has not started, in whose place the others end; else it runs on, as they do."""
+    node.settings = node.settings.model_copy(update={"end_jobs": end_jobs})
+    for folder in (node.settings.scripts_dir, node.settings.work_base_dir):
+        folder.mkdir(parents=True)
+    stop, launched, turn_over = asyncio.Event(), list[int](), allocations.turn_over
+
+    async def starts(_: Node, spec: JobSpec) -> Played:
+        launched.append(spec.job_id)
+        return Played(ends=len(launched) == 1)
+
+    async def slowly(*args: Any, **more: Any) -> TurnOver:
+        turned = await turn_over(*args, **more)
+        stop.set()
+        while not node.draining:  # noqa: ASYNC110 - nobody says so
+            await asyncio.sleep(0)
+        return turned
+
+    monkeypatch.setattr(supervise, "_start", starts)
+    monkeypatch.setattr(allocations, "turn_over", slowly)
+    over, taken = await submit(connection, a_job(4), a_job(4))
+    assert len(await allocate(connection)) == 1
+    async with asyncio.timeout(LONG):
+        await serve._work(node, stop)
+    assert launched == ([over] if end_jobs else [over, taken])
+    assert await state_of(connection, over) is State.COMPLETED
+    job = await job_of(connection, Attempt(taken, 1))
+    assert (job.state, job.attempt, job.restart_cnt) == (state, 1, 0)
+    assert list(node.runs) == ([] if end_jobs else [Attempt(taken, 1)])
