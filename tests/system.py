@@ -21,6 +21,7 @@ from services.standalone.child import Child, Step, spawn
 from services.standalone.stack import exported, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
+PLAIN = ROOT / "tests/plain"
 PATIENCE = 60.0
 """Seconds after which something that must come is called missing."""
 
@@ -32,7 +33,7 @@ async def until(true: Callable[[], Awaitable[Any]], what: str, patience: float =
     deadline = time.monotonic() + patience
     while not (answer := await true()):
         assert time.monotonic() < deadline, f"not within {patience:g} s: {what}"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     return answer
 
 
@@ -79,7 +80,7 @@ class System:
     def environment(self, **more: str | int) -> dict[str, str]:
         """The whole environment of a role: it finds nothing of the developer's own."""
         plain = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH") if key in os.environ}
-        here = {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+        here = {"PYTHONPATH": f"{PLAIN}:{ROOT}", "PYTHONSAFEPATH": "1"}
         return {**plain, **here, **exported(self.settings), **{key: str(value) for key, value in more.items()}}
 
     def worker_pid(self) -> int:

@@ -48,17 +48,28 @@ async def servers(
 
 @pytest.fixture
 async def system(servers: System, tmp_path: Path) -> AsyncIterator[System]:
-    """Two nodes of the test's own, of which the second is out until it is wanted."""
-    async with nodes(servers, tmp_path) as found:
+    """A node of the test's own."""
+    async with one_node(servers, tmp_path) as found:
         yield found
+
+
+@pytest.fixture
+async def second_node(system: System) -> None:
+    """Beside the first; it is out until it is wanted."""
+    await start_second(system)
 
 
 @asynccontextmanager
-async def nodes(servers: System, folder: Path, **changes: Any) -> AsyncIterator[System]:
+async def one_node(servers: System, folder: Path, **changes: Any) -> AsyncIterator[System]:
     quick = {"heartbeat_seconds": 0.3, "lease_seconds": 10.0, "kill_grace_seconds": 0.5, **changes}
-    async with beside(servers, folder, {f"{folder.name}.1": 2, f"{folder.name}.2": 2}, **quick) as found:
-        await use(found, first(found))
+    async with beside(servers, folder, {f"{folder.name}.1": 2}, **quick) as found:
         yield found
+
+
+async def start_second(system: System) -> None:
+    system.start_worker(second(system), 2)
+    await system.node_is(second(system))
+    await use(system, first(system))
 
 
 def first(system: System) -> str:
@@ -185,6 +196,7 @@ async def there_and_back(system: System, job_id: int) -> None:
     assert await ended(system, job_id) == ("COMPLETED", 3, 2)
 
 
+@pytest.mark.usefixtures("second_node")
 async def test_two_nodes_with_disks_of_their_own(system: System) -> None:
     one, two = first(system), second(system)
     job_id = await submitted(system, standard_error="errors")
@@ -199,7 +211,8 @@ async def test_two_nodes_with_disks_of_their_own(system: System) -> None:
 async def test_two_nodes_that_share_a_disk(servers: System, tmp_path: Path, silent: int) -> None:
     """Also when the first attempt has written nothing to the file."""
     shared = tmp_path / "home"
-    async with nodes(servers, tmp_path, allowed_roots=(shared.parent,)) as system:
+    async with one_node(servers, tmp_path, allowed_roots=(shared.parent,)) as system:
+        await start_second(system)
         one, two = first(system), second(system)
         job_id = await submitted(system, silent, current_working_directory=str(shared))
         await there_and_back(system, job_id)
@@ -300,7 +313,7 @@ async def test_what_ended_meanwhile_is_not_started(system: System) -> None:
             return (await system.api.node(node))["stale_writes_refused"] == 1
 
         await until(refused, "the worker knows")
-        await use(system, node)
+        await system.api.set_node_state(node, "RESUME")
         other = await submitted(system)
         assert await ended(system, other) == ("COMPLETED", 1, 0)
         assert [line.split()[0] for line in ledger(system)] == [str(job_id), str(other)]

@@ -44,13 +44,19 @@ async def servers(
 
 @pytest.fixture
 async def system(servers: System, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[System]:
-    """Two nodes of the test's own, of which the second is out until it is wanted. The parameter: REQUEUE_AFTER."""
+    """A node of the test's own. The parameter: REQUEUE_AFTER."""
     quick = {"heartbeat_seconds": 0.3, "lease_seconds": 1.5, "kill_grace_seconds": 0.5}
     quick["requeue_after"] = getattr(request, "param", 5.0)
-    first = f"{tmp_path.name}.1"
-    async with beside(servers, tmp_path, {first: 3, f"{tmp_path.name}.2": 2}, **quick) as found:
-        await found.api.set_node_state(second(found), "DRAIN", "not yet")
+    async with beside(servers, tmp_path, {f"{tmp_path.name}.1": 3}, **quick) as found:
         yield found
+
+
+@pytest.fixture
+async def second_node(system: System) -> None:
+    """Beside the first; it is out until it is wanted."""
+    system.start_worker(second(system), 2)
+    await system.node_is(second(system))
+    await system.api.set_node_state(second(system), "DRAIN", "not yet")
 
 
 def second(system: System) -> str:
@@ -162,6 +168,7 @@ async def refused(system: System, count: int) -> None:
     await until(asked, f"node {system.node} was refused {count} writes")
 
 
+@pytest.mark.usefixtures("second_node")
 async def test_a_worker_that_is_frozen_and_thawed(system: System) -> None:
     """Meanwhile its keeper has ended what may be requeued, which runs elsewhere; the rest it takes up again."""
     one, two = system.node, second(system)
@@ -193,6 +200,7 @@ async def test_a_worker_that_is_frozen_and_thawed(system: System) -> None:
     )
 
 
+@pytest.mark.usefixtures("second_node")
 async def test_a_node_that_is_gone_for_good(system: System) -> None:
     """What may be requeued runs elsewhere, once; what may not waits for an operator's word; then it is forgotten."""
     one, two = system.node, second(system)
