@@ -38,12 +38,14 @@ RECOVERY = "it is in recovery"
 
 
 @pytest.fixture
-async def server(server_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EmbeddedPostgres]:
+async def server(
+    server_dir: Path, with_cluster: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[EmbeddedPostgres]:
     """A server of the test's own that holds the schema and may be made a standby, or unsafe by a reload."""
     options = {key: value for key, value in embedded.POSTGRES_OPTIONS.items() if key not in RISKS}
     monkeypatch.setattr(embedded, "POSTGRES_OPTIONS", {**options, "wal_level": "replica"})
-    folder = server_dir / "safety"
-    async with EmbeddedPostgres(folder, throwaway=True) as found:
+    folder = with_cluster(server_dir / "safety")
+    async with EmbeddedPostgres(folder) as found:
         await execute(found, schema.fresh_schema())
         yield found
     shutil.rmtree(folder)

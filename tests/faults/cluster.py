@@ -36,6 +36,8 @@ from tests.system import System, alive_with, cmdline, until
 
 Kind = Literal["api", "scheduler", "worker"]
 
+SERVERS = "servers"
+"""The folder, in that of a run, of its PostgreSQL and Redis; a cluster that is there already is used."""
 DISK_BYTES = 4 * 1024 * 1024
 POSTGRES_OPTIONS = {"max_connections": "200", "checkpoint_timeout": "30s"}
 QUICK: dict[str, Any] = {
@@ -411,7 +413,7 @@ async def cluster(
     settings = Settings.model_construct().model_copy(
         update={**QUICK, "data_dir": folder / "data", "log_dir": folder / "logs", "api_port": 0, **changes}
     )
-    servers = folder / "servers"
+    servers = folder / SERVERS
     async with (
         EmbeddedRedis(servers) as redis,
         EmbeddedPostgres(servers, throwaway=True, options={**POSTGRES_OPTIONS, **(options or {})}) as postgres,

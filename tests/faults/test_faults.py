@@ -1,13 +1,13 @@
 """Each kind of fault at least once, under load; afterwards no promise is broken."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from tests.faults.cluster import cluster
+from tests.faults.cluster import SERVERS, cluster
 from tests.faults.faults import KINDS, no_disk_can_be_mounted
 from tests.faults.jobs import Wanted, brief_of, sleeps
 from tests.faults.load import loading
@@ -22,9 +22,10 @@ SEED = 4
 
 
 @pytest.fixture(scope="module")
-async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
+async def run(tmp_path_factory: pytest.TempPathFactory, with_cluster: Callable[[Path], Path]) -> AsyncIterator[Run]:
     """A cluster under load; whatever was done to it, nothing is broken at its end."""
     folder: Path = tmp_path_factory.mktemp("faults")
+    with_cluster(folder / SERVERS)
     small = () if no_disk_can_be_mounted() else ("n2",)
     quick = {"lease_seconds": 1.2, "heartbeat_seconds": 0.3, "requeue_after": 3.0}
     async with (
