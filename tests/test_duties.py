@@ -104,6 +104,19 @@ async def test_a_pass_has_a_limit(connection: asyncpg.Connection, pool: Pool, mo
     assert [len(await allocate_once(pool)) for _ in range(4)] == [2, 2, 1, 0]
 
 
+async def test_a_decision_that_others_outran_calls_for_another_pass(connection: asyncpg.Connection, pool: Pool) -> None:
+    """They may have left room elsewhere, or for others, and nobody says so."""
+    await register(connection)
+    ids = await submit(connection, a_job(1), a_job(1))
+    called: list[bool] = []
+    async with connection.transaction():
+        await connection.execute("SELECT FROM jobs WHERE job_id = $1 FOR UPDATE", ids[0])
+        assert len(await allocate_once(pool, lambda: called.append(True))) == 1
+    assert called == [True]
+    assert len(await allocate_once(pool, lambda: called.append(True))) == 1
+    assert called == [True]
+
+
 async def test_an_idle_pass_waits_for_nobody(connection: asyncpg.Connection, pool: Pool) -> None:
     await register(connection)
     async with connection.transaction():

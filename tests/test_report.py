@@ -151,10 +151,14 @@ async def test_an_answer_that_is_lost_costs_nothing(
     assert await write_endings(node, [an_ending(Attempt(job_id, 1))], nothing) == [True]
 
 
-async def test_nothing_is_taken_by_a_worker_that_drains(node: Node, connection: asyncpg.Connection) -> None:
+@pytest.mark.parametrize("change", [{"draining": True}, {"trouble": "a full disk"}])
+async def test_nothing_is_taken_by_a_worker_that_starts_nothing(
+    node: Node, connection: asyncpg.Connection, change: dict[str, Any]
+) -> None:
     over = await an_end(node, connection)
     [job_id] = await submit(connection)
-    node.draining = True
+    for name, value in change.items():
+        setattr(node, name, value)
     assert await write_endings(node, [an_ending(over.attempt)], nothing) == [True]
     assert await state_of(connection, job_id) is State.PENDING
 
@@ -207,6 +211,25 @@ async def test_nothing_is_taken_while_it_is_found_out_what_an_earlier_worker_lef
     assert begun.job_ids == [over.job_id, last.job_id, job_id]
 
 
+async def test_ends_do_not_depend_on_what_is_taken(
+    node: Node, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A statement that is wrong takes more than there is room for: the CHECKs refuse that, and what ends, ends."""
+    text = allocations._TURN_OVER
+    monkeypatch.setattr(allocations, "_TURN_OVER", text.replace("WHERE h.fits", ""))
+    over = await an_end(node, connection, cpus=3)
+    waiting = await submit(connection, a_job(3), a_job(3))
+    with capture_logs() as logs:
+        assert await write_endings(node, [an_ending(over.attempt)], nothing) == [True]
+    assert [log["event"] for log in logs] == ["take_refused"]
+    assert "capacity" in logs[0]["error"]
+    assert [await state_of(connection, i) for i in (over.spec.job_id, *waiting)] == [
+        State.COMPLETED,
+        State.PENDING,
+        State.PENDING,
+    ]
+
+
 # A stop as it is taken
 
 
@@ -256,11 +279,11 @@ class Played:
 
 
 @pytest.mark.usefixtures("redis_client")
-@pytest.mark.parametrize(("end_jobs", "state"), [(True, State.PENDING), (False, State.RUNNING)])
+@pytest.mark.parametrize("end_jobs", [True, False])
 async def test_what_is_taken_as_a_stop_is_said(
-    node: Node, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, end_jobs: bool, state: State
+    node: Node, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, end_jobs: bool
 ) -> None:
-    """With END_JOBS it goes back and has not started, in whose place the others end; else it runs on, as they do."""
+    """It goes back, and has not started."""
     node.settings = node.settings.model_copy(update={"end_jobs": end_jobs})
     for folder in (node.settings.scripts_dir, node.settings.work_base_dir):
         folder.mkdir(parents=True)
@@ -283,8 +306,8 @@ async def test_what_is_taken_as_a_stop_is_said(
     assert len(await allocate(connection)) == 1
     async with asyncio.timeout(LONG):
         await serve._work(node, stop)
-    assert launched == ([over] if end_jobs else [over, taken])
+    assert launched == [over]
     assert await state_of(connection, over) is State.COMPLETED
     job = await job_of(connection, Attempt(taken, 1))
-    assert (job.state, job.attempt, job.restart_cnt) == (state, 1, 0)
-    assert list(node.runs) == ([] if end_jobs else [Attempt(taken, 1)])
+    assert (job.state, job.attempt, job.restart_cnt) == (State.PENDING, 1, 0)
+    assert node.runs == {}

@@ -143,6 +143,7 @@ async def test_who_reports(lost: Deaf, pool: Pool, monkeypatch: pytest.MonkeyPat
         name="n1",
         incarnation=1,
         recovered=True,
+        trouble=None,
         draining=False,
         claiming=asyncio.Lock(),
         look=Wakeup(),

@@ -27,7 +27,7 @@ async def joined(settings: Settings, pool: Pool, tmp_path: Path, connection: asy
     host, scripts = describe_host(granting, identity), Scripts(spool.script_dir)
     found = Node(granting, pool, pool, pool, host, spool, scripts, incarnation, proc.now(), granting.roots, 1)  # type: ignore[arg-type]
     found.hear(found.heard)
-    found.recovered = True
+    found.recovered, found.trouble = True, None
     return found
 
 

@@ -192,6 +192,7 @@ WITH RECURSIVE input AS (
                         FOR NO KEY UPDATE SKIP LOCKED) AS j
     WHERE h.fits
 ), changed AS (
+    -- All of these rows are locked and were asked again: nothing here may fail once more, or they would be read twice.
     UPDATE jobs j SET
         state = c.after, state_reason = c.reason, state_description = c.description,
         exit_code = c.exit_code, signal = c.signal,
@@ -222,7 +223,9 @@ WITH RECURSIVE input AS (
     SELECT (SELECT coalesce(sum(cpus), 0) FROM changed WHERE state = 'RUNNING')::int
            - (SELECT sum(cpus) FROM released)::int AS cpus
 ), balanced AS (
-    UPDATE nodes n SET alloc_cpus = n.alloc_cpus + b.cpus, cpus = greatest(n.declared_cpus, n.alloc_cpus + b.cpus)
+    -- A node that came back smaller shrinks with what ends; what would be too much is refused by its CHECKs.
+    UPDATE nodes n SET alloc_cpus = n.alloc_cpus + b.cpus,
+                       cpus = greatest(n.declared_cpus, least(n.cpus, n.alloc_cpus + b.cpus))
     FROM balance b WHERE n.name = $1 AND b.cpus IS NOT NULL
     RETURNING n.cpus - n.alloc_cpus AS free
 ), logged AS (

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Awaitable
+from functools import partial
 
 import uvloop
 
@@ -19,6 +20,7 @@ from services.scheduler.lose import Watch
 from services.scheduler.reap import reap_once
 
 POOL_SIZE = 2
+OUTRUN_SECONDS = 0.05
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -41,7 +43,7 @@ async def _schedule(settings: Settings) -> None:
                     settings,
                     wake,
                     [
-                        lambda: repeat("allocate", lambda: _allocate(line, outbox), wake, poll),
+                        lambda: repeat("allocate", lambda: _allocate(line, outbox, wake), wake, poll),
                         lambda: repeat("dispatch", lambda: dispatch_once(outbox, client), outbox.filled, poll),
                         lambda: repeat("republish", lambda: republish_once(pool, client), Wakeup(), UNCLAIMED_SECONDS),
                         lambda: repeat("reap", lambda: _waking(wake, reap_once(pool)), Wakeup(), poll),
@@ -55,9 +57,11 @@ async def _schedule(settings: Settings) -> None:
         pool.terminate()
 
 
-async def _allocate(line: Line, outbox: Outbox) -> bool:
+async def _allocate(line: Line, outbox: Outbox, wake: Wakeup) -> bool:
     """One pass, handed on; whether there may be more to place. What comes to wait meanwhile wakes the next one."""
-    placed = await allocate_once(line)
+    # Not at once: who was there first may hold a job for a moment more.
+    outrun = partial(asyncio.get_running_loop().call_later, OUTRUN_SECONDS, wake.set)
+    placed = await allocate_once(line, outrun)
     outbox.put(placed)
     return len(placed) == BATCH
 

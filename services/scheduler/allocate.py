@@ -1,8 +1,10 @@
 """Allocate: look at what is free and what waits, decide, and apply the decision in one transaction, under row locks.
 
-No lock is held between two statements: `place` holds the decision against what is there by then, and every change
-after the look is followed by a wake-up, so by another pass.
+No lock is held between two statements: `place` holds the decision against what is there by then. What changes after the
+look wakes another pass; a worker's report that fills its node does not, so a decision that did not hold calls for one.
 """
+
+from collections.abc import Callable
 
 import structlog
 
@@ -15,8 +17,8 @@ from core.records import Dispatch
 BATCH = 500
 
 
-async def allocate_once(database: Line | Pool) -> list[Dispatch]:
-    """One pass; answer what was given CPUs, at most BATCH jobs."""
+async def allocate_once(database: Line | Pool, outrun: Callable[[], object] | None = None) -> list[Dispatch]:
+    """One pass; answer what was given CPUs, at most BATCH jobs. Calls `outrun` when others were there first."""
     async with database.acquire() as connection:
         waiting, free = await pending.look(connection, BATCH)
         placements = plan(waiting, free)[:BATCH]
@@ -25,6 +27,8 @@ async def allocate_once(database: Line | Pool) -> list[Dispatch]:
         crash.here("scheduler.decided")
         placed = await allocations.place(connection, placements)
         crash.here("scheduler.placed")
+    if outrun is not None and len(placed) < len(placements):
+        outrun()
     log = structlog.get_logger()
     for job in placed:
         log.info("job_allocated", job_id=job.job_id, attempt=job.attempt, node=job.node, cpus=job.cpus)

@@ -45,7 +45,7 @@ EXIT_REPLACED: Final = 3
 FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 10.0
 STEADY_SECONDS: Final = 5.0
-"""A worker that lived for longer is started again without delay: while there is none, no time limit is kept."""
+"""A worker that lived for longer is started again after FIRST_DELAY: while there is none, no time limit is kept."""
 PAUSE_SECONDS: Final = 1.0
 """How often it looks when nothing tells it to: for records that could not be written, and for silence."""
 

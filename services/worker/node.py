@@ -126,7 +126,7 @@ class Node:
     claims: Line
     """For starts, under `claiming`."""
     reports: Line
-    """For ends."""
+    """For ends, and what starts in their place."""
     host: Host
     spool: Spool
     scripts: Scripts

@@ -6,6 +6,7 @@ The statement that ends jobs gives their CPUs to the next ones, which begin here
 from collections.abc import Sequence
 from contextlib import suppress
 
+import asyncpg
 import structlog
 
 from core import crash
@@ -74,8 +75,12 @@ async def _write(connection: Connection, node: Node, endings: Sequence[Ending]) 
     """What goes back to the queue, with all that is reported beside it, does not come back in the same moment."""
     name, incarnation = node.name, node.incarnation
     if all(ending.state in FINAL for ending in endings):
-        take = node.recovered and not node.draining
-        return await allocations.turn_over(connection, endings, node=name, incarnation=incarnation, take=take)
+        take = node.recovered and not node.draining and node.trouble is None
+        try:
+            return await allocations.turn_over(connection, endings, node=name, incarnation=incarnation, take=take)
+        except asyncpg.IntegrityConstraintViolationError as error:
+            structlog.get_logger().error("take_refused", node=name, error=describe(error))  # whatever ends, ends
+            return await allocations.turn_over(connection, endings, node=name, incarnation=incarnation, take=False)
     ended = await allocations.release(connection, endings, node=name, before=State.RUNNING, incarnation=incarnation)
     return allocations.TurnOver(ended, begun=[], free_cpus=None)
 

@@ -70,7 +70,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
         supervisions: set[asyncio.Task[None]] = set()
 
         def begin(run: Run) -> None:
-            if node.draining and settings.end_jobs:  # taken as the stop was said: it does not start
+            if node.draining:  # taken as the stop was said: it does not start
                 run.stop()
             node.runs[run.attempt] = run
             task = group.create_task(supervise(node, run, reports, measures))
@@ -113,6 +113,7 @@ async def _beat_once(node: Node) -> int:
         return await heartbeat_once(node)
     except Superseded as taken:
         if taken.elsewhere:
+            node.draining = True  # what a report has taken, and does not know of yet, does not start here
             for run in node.runs.values():
                 run.fence()
             await _until_idle(node)

@@ -63,7 +63,7 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger, measure: Meas
         await asyncio.sleep(run.may_run_for)
         return _gone(node, run, f"it may have run, and nobody can tell how it ended: {run.lost}")
     if run.script is None:
-        if run.cancelled:  # an earlier worker committed its start, and got no further
+        if run.cancelled:  # its start was committed, by an earlier worker or by this one, and got no further
             return _ending(run.spec, State.CANCELLED, Reason.NONE)
         if run.stopped:
             return replace(_ending(run.spec, State.PENDING, Reason.NONE), ran=False)

@@ -4,8 +4,8 @@
 --   idempotency_keys by account and key  ->  jobs by job_id  ->  pending  ->  allocations  ->  node_leases  ->  nodes;
 --   of the last two at most one row.
 -- The allocator alone takes several nodes, by name; jobs before them without waiting (SKIP LOCKED), and after them
--- only rows that go with its jobs. Who turns a node over takes more jobs once it holds it, without waiting as well.
--- So whoever holds a node waits for nothing but later nodes: no cycle can form.
+-- only rows that go with its jobs. Who turns a node over takes more jobs, and what goes with them, once it holds it:
+-- without waiting as well. So whoever holds a node waits for nothing but later nodes: no cycle can form.
 -- Whoever writes to outputs holds nothing else, and takes its rows by job_id.
 
 CREATE TABLE rowlock_schema (
