@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import asyncpg
 import structlog
@@ -134,6 +135,16 @@ async def release(
         _RELEASE,
         before,
         node,
+        *_columns(endings),
+        [ending.ran for ending in endings],
+        incarnation,
+    )
+    return {Attempt(*row) for row in rows}
+
+
+def _columns(endings: Sequence[Ending]) -> tuple[list[Any], ...]:
+    """What both statements are told of each end, column by column."""
+    return (
         [ending.job_id for ending in endings],
         [ending.attempt for ending in endings],
         [ending.state for ending in endings],
@@ -141,10 +152,7 @@ async def release(
         [ending.description for ending in endings],
         [ending.exit_code for ending in endings],
         [ending.signal for ending in endings],
-        [ending.ran for ending in endings],
-        incarnation,
     )
-    return {Attempt(*row) for row in rows}
 
 
 _TURN_OVER = """
@@ -275,15 +283,13 @@ async def turn_over(
         node,
         incarnation,
         take,
-        [ending.job_id for ending in endings],
-        [ending.attempt for ending in endings],
-        [ending.state for ending in endings],
-        [ending.reason for ending in endings],
-        [ending.description for ending in endings],
-        [ending.exit_code for ending in endings],
-        [ending.signal for ending in endings],
+        *_columns(endings),
     )
-    begun = [spec_of(dict(list(row.items())[1:])) for row in rows if row["script"] is not None]
+    begun = [
+        spec_of({name: value for name, value in row.items() if name != "free"})
+        for row in rows
+        if row["script"] is not None
+    ]
     ended = {Attempt(row["job_id"], row["attempt"]) for row in rows if row["script"] is None}
     return TurnOver(ended, begun, rows[0]["free"] if rows else None)
 
