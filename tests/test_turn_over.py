@@ -494,6 +494,16 @@ async def test_it_waits_for_a_pass_and_takes_what_that_left(connection: asyncpg.
     assert await allocated(connection) == 5
 
 
+async def test_it_waits_for_a_release_and_takes_what_that_left(connection: asyncpg.Connection, two: Any) -> None:
+    """PostgreSQL asks the CHECKs of the row as it was before, too, where taking this much would have been too much."""
+    await register(connection)
+    first, over = await running(connection, a_job(3), a_job(1))
+    [waiting] = await submit(connection, a_job(4))
+    _, turned = await race(connection, two, lambda c: finish(c, first), lambda c: turn_over(c, over))
+    assert (turned.ended, begun(turned), turned.free_cpus) == ({over}, [waiting], 0)
+    assert await allocated(connection) == 4
+
+
 async def test_what_a_pass_placed_meanwhile_is_passed_over(connection: asyncpg.Connection, two: Any) -> None:
     """Its CPUs are not for others in its place: what is left over is the scheduler's."""
     await register(connection, a_node("n1", 5))

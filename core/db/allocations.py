@@ -171,7 +171,7 @@ WITH RECURSIVE input AS (
       AND (SELECT count(*) > 0 FROM locked) AND (SELECT job_id FROM pending ORDER BY job_id LIMIT 1) IS NOT NULL
     FOR SHARE
 ), held AS (
-    SELECT n.partitions, n.declared_cpus - n.alloc_cpus + (SELECT sum(cpus)::int FROM locked) AS cpus
+    SELECT n.partitions, n.alloc_cpus, n.declared_cpus - n.alloc_cpus + (SELECT sum(cpus)::int FROM locked) AS cpus
     FROM nodes n WHERE n.name = $1 AND n.admin_state = 'RESUME' AND (SELECT count(*) > 0 FROM current)
     FOR NO KEY UPDATE
 ), shapes AS (
@@ -231,10 +231,11 @@ WITH RECURSIVE input AS (
     SELECT (SELECT coalesce(sum(cpus), 0) FROM changed WHERE state = 'RUNNING')::int
            - (SELECT sum(cpus) FROM released)::int AS cpus
 ), balanced AS (
-    -- A node that came back smaller shrinks with what ends; what would be too much is refused by its CHECKs.
-    UPDATE nodes n SET alloc_cpus = n.alloc_cpus + b.cpus,
-                       cpus = greatest(n.declared_cpus, least(n.cpus, n.alloc_cpus + b.cpus))
-    FROM balance b WHERE n.name = $1 AND b.cpus IS NOT NULL
+    -- A node that came back smaller shrinks with what ends; what would be too much is refused by its CHECKs, which are
+    -- asked first of the row as it was before this statement waited for it: reckoned is with what was found then.
+    UPDATE nodes n SET alloc_cpus = coalesce(h.alloc_cpus, n.alloc_cpus) + b.cpus,
+                       cpus = greatest(n.declared_cpus, least(n.cpus, coalesce(h.alloc_cpus, n.alloc_cpus) + b.cpus))
+    FROM balance b LEFT JOIN held h ON true WHERE n.name = $1 AND b.cpus IS NOT NULL
     RETURNING n.cpus - n.alloc_cpus AS free
 ), logged AS (
     INSERT INTO job_events (job_id, attempt, from_state, to_state, reason, node, time)
