@@ -16,7 +16,7 @@ from typing import Any
 from core import duty
 from core.db import allocations, connection, jobs, schema
 from services.api import cancel, database
-from services.scheduler import allocate, dispatch, lead
+from services.scheduler import dispatch, lead
 from services.worker import claim, keeper, process, recover, supervise
 
 WORKER = "services.worker.serve"
@@ -81,13 +81,6 @@ def _release_in_two_transactions() -> None:
 
 def _place_whatever_is_left() -> None:
     _text(allocations, "_PLACE", " AND n.alloc_cpus + t.cpus <= n.cpus", "")
-    _text(lead, "_TRY_LEAD", "pg_try_advisory_lock($1)", "$1::bigint > 0")
-    _code(
-        allocate,
-        "allocate_once",
-        "    placements = ",
-        "    await __import__('asyncio').sleep(0.2)\n        placements = ",
-    )
     fresh = schema.fresh_schema()
     check = "CONSTRAINT capacity CHECK (0 <= alloc_cpus AND alloc_cpus <= cpus),\n"
     assert check in fresh
@@ -161,9 +154,9 @@ DEFECTS: dict[str, Defect] = {
         "a_message_is_not_taken",
     ),
     "place-whatever-is-left": Defect(
-        "two allocate at once, and neither a node's row nor its CHECK is asked for room",
+        "a pass asks neither the node's row nor its CHECK for room",
         _place_whatever_is_left,
-        "jobs_arrive_while_two_schedulers_allocate",
+        "a_report_is_faster_than_a_pass",
     ),
     "cancel-in-any-state": Defect(
         "a cancel does not ask for the state", _cancelled_whatever_its_state, "a_running_job_is_cancelled"

@@ -65,7 +65,7 @@ async def chaos(options: argparse.Namespace, folder: Path, record: Record) -> di
             await _wait((options.minutes or MINUTES) * 60, run, faults)
             await _stop(faults)
             await found.mend()
-            load.stopping = True
+            await load.stop()
             calm = await run.settled()
             await found.ready()
             evidence = await run.evidence()

@@ -205,17 +205,22 @@ async def _kept_by(run: Run, role: Role, keepers: Sequence[int]) -> frozenset[At
 async def kill_keeper_and_worker(run: Run) -> Struck | None:
     """Met: the attempts on the node, which may be lost by it."""
     role = _a_worker(run)
-    keepers, worker = run.cluster.keeper_pids(role), run.cluster.worker_pid(role)
     met = await _on_node(run, role)
+    return Struck("keeper and worker killed (-9)", role.name, met) if kill_both(run, role) else None
+
+
+def kill_both(run: Run, role: Role) -> bool:
+    """Kill a worker and its keeper, which are started again; False while one of them is not there."""
+    keepers, worker = run.cluster.keeper_pids(role), run.cluster.worker_pid(role)
     if not keepers or worker is None:
-        return None
+        return False
     role.struck = True
     began = now()
     for pid in (*keepers, worker):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     run.cluster.losses.append(Loss(role.node, began, now()))
-    return Struck("keeper and worker killed (-9)", role.name, met)
+    return True
 
 
 # The roles, killed between two effects
@@ -413,7 +418,7 @@ async def _crash_postgres(run: Run, name: str, how: str) -> Struck:
     return Struck(name, "postgres", met)
 
 
-@kind("PostgreSQL killed (-9)", 75)
+@kind("PostgreSQL killed (-9)", 60)
 async def kill_postgres(run: Run) -> Struck:
     """Met: the attempts anywhere, and the requests in flight. Every process of the server at once."""
     return await _crash_postgres(run, "PostgreSQL killed (-9)", "kill")
@@ -447,9 +452,9 @@ def _lose(name: str, every: float, role_kind: str) -> None:
         return Struck(name, role.name, {"writes": 1}, " ".join(statement.split())[:60])
 
 
-_lose("answer to COMMIT lost: submit, cancel", 40, "api")
-_lose("answer to COMMIT lost: allocate", 50, "scheduler")
-_lose("answer to COMMIT lost: start, end", 40, "worker")
+_lose("answer to COMMIT lost: submit, cancel", 20, "api")
+_lose("answer to COMMIT lost: allocate", 25, "scheduler")
+_lose("answer to COMMIT lost: start, end", 20, "worker")
 
 
 @kind("connections to PostgreSQL cut", 50)

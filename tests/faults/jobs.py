@@ -1,5 +1,6 @@
 """The jobs of a run: what each does, and so what may be seen of it afterwards."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -76,6 +77,14 @@ def leaves_behind(name: str, then: str = "leave 0") -> str:
     return (
         f"env -i setsid bash -c 'exec -a {name} sleep 1000' < /dev/null > /dev/null 2>&1 &\n"
         f"say child $!\n(exec -a {name} sleep 1000) &\nsay child $!\nsleep 0.2\n{then}\n"
+    )
+
+
+def unmarked(body: str) -> str:
+    """A body that runs without its job's mark in the environment, as if on another machine."""
+    return (
+        'exec env -i PATH="$PATH" LEDGER="$LEDGER" SLURMD_NODENAME="$SLURMD_NODENAME" WHOSE="$ROWLOCK_JOB" bash -c "'
+        f"$(declare -f say leave fall)\"$'\\nROWLOCK_JOB=$WHOSE\\n'{shlex.quote(body)}\n"
     )
 
 

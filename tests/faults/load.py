@@ -46,11 +46,18 @@ class Load:
     """Set with every request that writes, as it goes out; to be cleared by whoever waits for one."""
     named: int = 0
     stopping: bool = False
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def client(self) -> None:
         """One client: job after job until told to stop."""
         while not self.stopping:
             await self.one()
+
+    async def stop(self) -> None:
+        """Let every client see its last job to its end: from then on nothing more is asked for."""
+        self.stopping = True
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=SETTLE_SECONDS)
 
     async def one(self, wanted: Wanted | None = None) -> Sent:
         """One job, from its submission to its end."""
@@ -155,18 +162,15 @@ async def loading(
     clients: int = 0,
     make: Callable[[str, Random], Wanted] = any_of,
 ) -> AsyncIterator[Load]:
-    """So many clients at work, until the end of the block; then they see their jobs to the end."""
+    """So many clients at work, until told to stop, or the end of the block."""
     timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         load = Load(cluster, luck, session, make)
-        tasks = [asyncio.create_task(load.client()) for _ in range(clients)]
+        load.tasks += [asyncio.create_task(load.client()) for _ in range(clients)]
         try:
             yield load
-            load.stopping = True
-            if tasks:
-                await asyncio.wait(tasks, timeout=SETTLE_SECONDS)
         finally:
-            for task in tasks:
+            for task in load.tasks:
                 task.cancel()
             with suppress(asyncio.CancelledError):
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.gather(*load.tasks, return_exceptions=True)

@@ -13,9 +13,10 @@ from typing import Any
 from core import streams
 from core.db import allocations, jobs, nodes
 from tests.faults import ledger
-from tests.faults.cluster import Role, cluster, now
-from tests.faults.evidence import Loss, Sent
-from tests.faults.jobs import Wanted, leaves_behind, sleeps
+from tests.faults.cluster import Role, cluster
+from tests.faults.evidence import Sent
+from tests.faults.faults import kill_both
+from tests.faults.jobs import Wanted, leaves_behind, sleeps, unmarked
 from tests.faults.load import loading
 from tests.faults.record import Record
 from tests.faults.run import Run, running
@@ -33,7 +34,6 @@ class Scenario:
 
     play: Callable[[Run], Awaitable[None]]
     nodes: Mapping[str, int] = field(default_factory=lambda: {"n1": 4})
-    schedulers: int = 1
     patience: float = 8.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     postgres: Mapping[str, str] = field(default_factory=dict)
@@ -94,15 +94,6 @@ async def _worker_of(run: Run, role: Role) -> int:
     return pid
 
 
-def _kill_keeper_and_worker(run: Run, role: Role) -> None:
-    worker = run.cluster.worker_pid(role)
-    assert worker is not None
-    role.struck, began = True, now()
-    for pid in (*run.cluster.keeper_pids(role), worker):
-        os.kill(pid, signal.SIGKILL)
-    run.cluster.losses.append(Loss(role.node, began, now()))
-
-
 async def _registers(run: Run, role: Role, older: int) -> None:
     """Wait for a worker of an incarnation after `older`."""
 
@@ -139,7 +130,7 @@ async def a_script_ends_under_another_worker(run: Run) -> None:
 async def _ends_with_nobody_to_tell(run: Run, role: Role, sent: Sent) -> None:
     """Kill its worker and its keeper, and let another worker come once it has ended."""
     role.kept = False
-    _kill_keeper_and_worker(run, role)
+    assert kill_both(run, role)
     await says(run, sent, "end")
     await asyncio.sleep(0.1)  # it has said that it ends, and does
     await run.cluster.add_worker("again", "n1")
@@ -173,8 +164,7 @@ async def a_worker_dies_right_before_a_process(run: Run) -> None:
     armed = await run.cluster.add_worker("armed", "n1", ROWLOCK_CRASH="worker.written:2")
     await _registers(run, armed, incarnation)
     await says(run, await a_job(run, sleeps(3)), "start")
-    sent = await a_job(run, sleeps(0.1, "leave 5"))
-    await says(run, sent, "end")
+    await is_in(run, await a_job(run, sleeps(0.1, "leave 5")), "FAILED", "NODE_FAIL")
     if "was killed by signal 9" not in (run.cluster.folder / "armed.err").read_text():
         run.findings.append("the worker did not die")
 
@@ -217,11 +207,9 @@ async def the_answer_to_a_requeue_is_lost(run: Run) -> None:
     await says(run, sent, "start")
     incarnation = await _incarnation(run)
     role.kept = False
-    _kill_keeper_and_worker(run, role)
+    assert kill_both(run, role)
     for pid in run.cluster.scripts_of(role):
         os.kill(pid, signal.SIGKILL)
-    await role.child.wait() if role.child else None
-    role.kept = True
     again = await run.cluster.add_worker("again", "n1")
     again.postgres.lose(allocations._RELEASE)
     await _registers(run, again, incarnation)
@@ -231,7 +219,7 @@ async def the_answer_to_a_requeue_is_lost(run: Run) -> None:
 async def an_end_of_an_earlier_worker_comes_late(run: Run) -> None:
     """It calls lost what a newer worker, of the spool that started it, has taken over alive."""
     [first] = run.cluster.of("worker")
-    sent = await a_job(run, sleeps(12, "leave 9"))
+    sent = await a_job(run, unmarked(sleeps(12, "leave 9")))  # or it would be refused on this machine
     await says(run, sent, "start")
     incarnation = await _incarnation(run)
     await run.cluster.retire(first)
@@ -323,15 +311,19 @@ async def a_message_is_not_taken(run: Run) -> None:
 # The pass
 
 
-@scenario(nodes={"n1": 2}, schedulers=2)
-async def jobs_arrive_while_two_schedulers_allocate(run: Run) -> None:
-    """Each would take the whole node."""
-    await asyncio.gather(*(_arrives(run, number) for number in range(12)))
-
-
-async def _arrives(run: Run, number: int) -> None:
-    await asyncio.sleep(0.15 * number)
+@scenario()
+async def a_report_is_faster_than_a_pass(run: Run) -> None:
+    """What the pass has decided on fits no more: a report gave the node to an older and larger job."""
+    [role] = run.cluster.of("scheduler")
+    first = await a_job(run, sleeps(60), cpus=2)
+    await says(run, first, "start")
+    role.postgres.hold(allocations._PLACE, alone=True)
+    larger = await a_job(run, sleeps(2), cpus=3)
     await a_job(run, sleeps(0.3), cpus=2)
+    await asyncio.wait_for(role.postgres.tripped.wait(), 20)
+    await run.load.cancel(first)
+    await says(run, larger, "start")
+    await role.postgres.let_go()
 
 
 @scenario(postgres={"wal_writer_delay": "10s"})
@@ -357,7 +349,7 @@ async def staged(scene: Scenario, folder: Path, broken: str | None = None) -> As
             folder,
             nodes=scene.nodes,
             apis=1,
-            schedulers=scene.schedulers,
+            schedulers=1,
             broken=broken,
             options=scene.postgres,
             **scene.settings,

@@ -36,7 +36,7 @@ async def run(tmp_path_factory: pytest.TempPathFactory, with_cluster: Callable[[
         run.freezes = (0.5, 1.5)
         yield run
         await found.mend()
-        load.stopping = True
+        await load.stop()
         calm = await run.settled()
         assert calm, await run.left()
         await found.ready()
