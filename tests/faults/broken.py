@@ -101,6 +101,11 @@ def _cancelled_whatever_its_state() -> None:
     _code(cancel, "_move", "case State.PENDING:", "case State.PENDING | State.RUNNING:")
 
 
+def _run_again_what_was_lost() -> None:
+    _code(recover, "_taken_over", "if candidates or note is not None:", "if candidates:")
+    _code(recover, "_why_it_may_have_run", "if ", "if False and ")
+
+
 DEFECTS: dict[str, Defect] = {
     "end-any-attempt": Defect(
         "the end of an attempt does not ask for the attempt",
@@ -185,7 +190,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "lost-run-again": Defect(
         "what may have run is run again",
-        lambda: _code(recover, "_taken_over", "if why := _why_it_may_have_run(", "if False and _why_it_may_have_run("),
+        _run_again_what_was_lost,
         "a_script_ends_with_nobody_to_tell",
     ),
     "requeue-ungranted": Defect(
