@@ -284,6 +284,21 @@ async def test_a_node_taken_over_with_another_spool_runs_nothing_again(system: S
     assert not list((system.folder / "elsewhere").glob("jobs/*"))
 
 
+async def test_what_runs_on_though_its_node_was_declared_down_keeps_another_spool_out(system: System) -> None:
+    """Nothing of it is in the tables any more; the worker that knows of it was stopped, and would end it."""
+    job_id = await up(system, WAITS)
+    system.children[-1].process.send_signal(signal.SIGTERM)
+    await system.children[-1].wait()
+    await system.api.set_node_state(system.node, "DOWN", "for a test")
+    assert (await system.api.job(job_id))["state"] == "NODE_FAIL"
+    refused = system.start("worker", "refused", DATA_DIR=str(system.folder / "elsewhere"))
+    assert await refused.wait() == 2
+    said = (system.folder / "refused.err").read_text()
+    assert f"NODE_NAME={system.node}: job {job_id} of this node runs here (process " in said
+    system.start_worker(system.node, 16)
+    await until(lambda: gone(system, job_id), "a worker of its own spool ends it")
+
+
 async def gone(system: System, job_id: int) -> bool:
     """Whether no process runs the script of a job."""
     return not alive_with(str(data_of(system) / f"scripts/job-{job_id}.1"))

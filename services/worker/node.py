@@ -14,7 +14,7 @@ import structlog
 
 from core import __version__, crash
 from core.cancellation import pause
-from core.db import allocations, nodes, schema
+from core.db import nodes, schema
 from core.db.connection import (
     CONNECTION_ERRORS,
     PLANNED_ONCE,
@@ -291,14 +291,14 @@ async def register(pool: Pool, spec: NodeSpec, settings: Settings) -> tuple[int,
 async def check_processes(connection: Connection, spec: NodeSpec) -> None:
     """Raise SettingsError while jobs of this node run on this very machine that another spool has started.
 
-    Of them this worker would know nothing: it would call them lost, and give their CPUs to others.
+    Of them this worker would know nothing: it would call them lost, and give their CPUs to others. Also of those that
+    the tables call over, since the node was silent for too long: only a worker of that spool ends what is left of them.
     """
     before = await nodes.holder(connection, spec.name)
     if before is None or before.spool_id == spec.spool_id:
         return
-    held = {(h.job_id, h.attempt, before.spool_id) for h in await allocations.of_node(connection, spec.name)}
-    for pid in proc.all_pids() if held else ():
-        if (named := read_mark(proc.read_variable(pid, MARK))) in held and named is not None:
+    for pid in proc.all_pids():
+        if (named := read_mark(proc.read_variable(pid, MARK))) is not None and named[2] == before.spool_id:
             raise SettingsError(
                 f"NODE_NAME={spec.name}: job {named[0]} of this node runs here (process {pid}) and belongs to another"
                 " SCRIPT_DIR (or DATA_DIR): start the worker with that one, or wait until it has ended"

@@ -27,7 +27,7 @@ from services.standalone.child import Child, Step, ending, spawn
 from services.standalone.embedded import EmbeddedPostgres, EmbeddedRedis
 from services.standalone.stack import free_port
 from services.worker import proc
-from services.worker.keeper import EXIT_REPLACED
+from services.worker.keeper import EXIT_REPLACED, EXIT_SETTINGS
 from tests.faults.evidence import Loss
 from tests.faults.jobs import GRACE_SECONDS
 from tests.faults.wires import Wires
@@ -145,6 +145,8 @@ class Cluster:
     token: str = field(default_factory=lambda: uuid4().hex[:8])
     """In the name of every job: what it leaves behind is known by it."""
     keepers: list[asyncio.Task[None]] = field(default_factory=list)
+    contested: dict[str, float] = field(default_factory=dict)
+    """Until when a worker of a node may be refused because another spool's was there."""
     servers: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One fault at a time happens to the servers."""
 
@@ -225,13 +227,17 @@ class Cluster:
             assert role.child is not None
             child = role.child
             code = await child.wait()
-            if not role.struck and not (role.kind == "worker" and code == EXIT_REPLACED):
+            if not role.struck and not (role.kind == "worker" and self._may_be_refused(role, code)):
                 self.surprises.append(f"{role.name} {ending(code)}")
             if not role.kept:
                 return
             await asyncio.sleep(self.luck.uniform(*self.restarts))
             if role.child is child:
                 self.start(role)
+
+    def _may_be_refused(self, role: Role, code: int) -> bool:
+        """Whether another worker of its node may be why it has ended so."""
+        return code == EXIT_REPLACED or (code == EXIT_SETTINGS and now() < self.contested.get(role.node, 0))
 
     def kill(self, role: Role) -> None:
         """End its process at once; of a worker, see `worker_pid`."""

@@ -8,6 +8,7 @@ import asyncio
 import errno
 import functools
 import glob
+import math
 import os
 import re
 import resource
@@ -38,6 +39,8 @@ Strike = Callable[[Run], Awaitable[Struck | None]]
 
 TRIES = 400
 TRY_SECONDS = 0.005
+REFUSED_SECONDS = 5.0
+"""Until who was refused at the last moment has ended."""
 SLACK_SECONDS = 0.3
 """A lease is over at some time after its node fell silent; a look at what happened then begins so much later."""
 
@@ -352,15 +355,19 @@ async def second_worker(run: Run) -> Struck | None:
     met = await run.states(node)
     run.replaced += 1
     name, folder = f"other-{node}-{run.replaced}", f"{node}-other-{run.replaced}"
+    began = now()
+    run.cluster.contested[node] = math.inf
     other = await run.cluster.add_worker(name, node, folder, END_JOBS="true")  # or the node is its jobs' for as long
     other.kept, other.struck = False, True
-    assert other.child is not None
-    ended = await other.child.ended_within(20)
-    began = now()
+    child, said = other.child, run.cluster.folder / f"{name}.err"
+    assert child is not None
+    await _within(20, lambda: not child.alive or b'"node_registered"' in said.read_bytes())
+    took_over = child.alive
     await run.cluster.retire(other)
-    if not ended:  # it came while the lease was over: what ran there is lost, or goes on in the older spool
-        run.cluster.losses.append(Loss(node, began - 30, now()))
-    return Struck("second worker of a node's name, another spool", node, met, "" if ended else "took over")
+    run.cluster.contested[node] = now() + REFUSED_SECONDS
+    if took_over:  # it came while the lease was over: what ran there is lost
+        run.cluster.losses.append(Loss(node, began, now()))
+    return Struck("second worker of a node's name, another spool", node, met, "took over" if took_over else "")
 
 
 @kind("worker frozen beyond its lease", 60)
