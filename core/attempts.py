@@ -22,7 +22,7 @@ class Start:
     node: str
     start_time: datetime
     went_back: bool
-    """Whether it went back to the queue because its script could not be started."""
+    """Whether it went back to the queue without its script having been started."""
     restart_cnt: int | None
     """None: it stored nothing, so it either ran first or not at all."""
     stdout_begin: int | None

@@ -12,7 +12,7 @@ import structlog
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from core.db import allocations, jobs
+from core.db import allocations, jobs, outputs
 from core.db.allocations import TurnOver
 from core.db.connection import PLANNED_ONCE, WAKE_CHANNEL, Line
 from core.records import Attempt, JobSpec
@@ -241,6 +241,7 @@ async def test_what_is_to_end_before_it_has_started_does_not_start(node: Node, c
     assert await write_endings(node, [ending], nothing) == [True]
     job = await job_of(connection, run.attempt)
     assert (job.state, job.attempt, job.restart_cnt) == (State.PENDING, 1, 0)
+    assert [start.went_back for start in await outputs.starts(connection, job.job_id)] == [True]
 
 
 async def test_a_cancel_beats_the_stop(node: Node, connection: asyncpg.Connection) -> None:
@@ -310,4 +311,5 @@ async def test_what_is_taken_as_a_stop_is_said(
     assert await state_of(connection, over) is State.COMPLETED
     job = await job_of(connection, Attempt(taken, 1))
     assert (job.state, job.attempt, job.restart_cnt) == (State.PENDING, 1, 0)
+    assert [start.went_back for start in await outputs.starts(connection, taken)] == [True]
     assert node.runs == {}

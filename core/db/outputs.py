@@ -45,7 +45,7 @@ async def store(connection: Connection, outputs: Sequence[Output], *, node: str,
 _STARTS = """
 WITH told AS (
     SELECT job_id, attempt, max(node) AS node, min(time) AS start_time,
-           bool_or(to_state = 'PENDING' AND reason = 'Resources') AS went_back  -- the reason of a start that failed
+           bool_or(to_state = 'PENDING' AND reason = 'Resources') AS went_back  -- the reason of what was not started
     FROM job_events WHERE job_id = $1 AND (to_state = 'RUNNING' OR from_state = 'RUNNING')
     GROUP BY job_id, attempt
 )

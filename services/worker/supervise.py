@@ -63,13 +63,11 @@ async def attempt(node: Node, run: Run, log: FilteringBoundLogger, measure: Meas
         await asyncio.sleep(run.may_run_for)
         return _gone(node, run, f"it may have run, and nobody can tell how it ended: {run.lost}")
     if run.script is None:
-        if run.cancelled:  # its start was committed, by an earlier worker or by this one, and got no further
-            return _ending(run.spec, State.CANCELLED, Reason.NONE)
-        if run.stopped:
-            return replace(_ending(run.spec, State.PENDING, Reason.NONE), ran=False)
         try:
-            if run.spec.restart_cnt > 0 and not await _measured(node, run, measure):
-                return replace(_verdict(node, run, _why(run)), ran=False)
+            if not await _may_start(node, run, measure):
+                if run.cancelled:
+                    return replace(_ending(run.spec, State.CANCELLED, Reason.NONE), ran=False)
+                return _unstarted(run.spec, f"the worker of node {node.name} was stopped before it could start it")
             run.script = await _start(node, run.spec)
             crash.here("worker.spawned")
             log.info("job_started", name=run.spec.name, account=run.spec.account, cpus=run.spec.cpus)
@@ -101,8 +99,12 @@ def _not_started(node: Node, run: Run, error: OSError | process.LaunchShortage) 
         return _ending(run.spec, State.FAILED, Reason.JOB_LAUNCH_FAILURE, description=str(error))
     problem = f"a job could not be started: {error}"
     health.found(node, problem)
-    ending = _ending(run.spec, State.PENDING, Reason.RESOURCES, description=problem)
-    return replace(ending, ran=False)
+    return _unstarted(run.spec, problem)
+
+
+def _unstarted(spec: JobSpec, why: str) -> Ending:
+    """It waits for resources again. By this reason its attempt is known later for one that wrote nothing."""
+    return replace(_ending(spec, State.PENDING, Reason.RESOURCES, description=why), ran=False)
 
 
 def _gone(node: Node, run: Run, why: str) -> Ending:
@@ -115,6 +117,13 @@ def _gone(node: Node, run: Run, why: str) -> Ending:
 def _why_of_keeper(node: Node, spec: JobSpec) -> files.Why | None:
     """Whether a keeper has ended it meanwhile: this worker was frozen."""
     return files.Why.SILENCE if spec.requeue and node.spool.ended_in_silence(node.tag(spec)) else None
+
+
+async def _may_start(node: Node, run: Run, measure: Measure) -> bool:
+    """Whether what was committed as started, by this worker or an earlier one, is to be started still."""
+    if run.cancelled or run.stopped:
+        return False
+    return run.spec.restart_cnt == 0 or await _measured(node, run, measure)
 
 
 async def _measured(node: Node, run: Run, measure: Measure) -> bool:

@@ -220,7 +220,7 @@ class Cluster:
                 output=err.fileno(),
                 cwd=self.folder,
             )
-        role.struck = False
+        role.struck = "ROWLOCK_CRASH" in role.environment  # then it ends itself
 
     async def _keep(self, role: Role) -> None:
         while True:

@@ -825,28 +825,46 @@ def no_clock_can_be_set() -> str | None:
     return None if faketime() else "libfaketime is not installed"
 
 
+@contextmanager
+def _shared_clocks_forgotten() -> Iterator[None]:
+    """Remove what libfaketime shares among the processes of a tree, and leaves there when they are killed."""
+    before = _shared_clocks()
+    try:
+        yield
+    finally:
+        for path, pid in _shared_clocks() - before:
+            if not Path(f"/proc/{pid}").exists():
+                path.unlink(missing_ok=True)
+
+
+def _shared_clocks() -> set[tuple[Path, int]]:
+    found = Path("/dev/shm").glob("*faketime_s*")  # noqa: S108 - where libfaketime has them
+    return {(path, int(path.name.rpartition("_")[2])) for path in found}
+
+
 @kind("clock stepped under a worker", 150, no_clock_can_be_set)
 async def step_clock(run: Run) -> Struck | None:
     """Met: the attempts on the node. Its worker is replaced by one whose clock leaps, then by one of the right time."""
     role = _a_worker(run)
     clock = run.cluster.folder / f"clock-{role.node}"
     clock.write_text("+0")
-    leaping = await _replaced(
-        run,
-        role,
-        LD_PRELOAD=str(faketime()),
-        FAKETIME_TIMESTAMP_FILE=str(clock),
-        FAKETIME_NO_CACHE=1,
-        FAKETIME_DONT_FAKE_MONOTONIC=1,
-        DONT_FAKE_MONOTONIC=1,
-    )
-    if leaping is None:
-        return None
-    met: dict[str, int] = {}
-    for leap in ("+2h", "-1d", "+0"):
-        await asyncio.sleep(run.luck.uniform(0.5, 1.5))
-        for state, count in (await run.states(role.node)).items():
-            met[state] = met.get(state, 0) + count
-        clock.write_text(leap)
-    await _replaced(run, leaping)
+    with _shared_clocks_forgotten():
+        leaping = await _replaced(
+            run,
+            role,
+            LD_PRELOAD=str(faketime()),
+            FAKETIME_TIMESTAMP_FILE=str(clock),
+            FAKETIME_NO_CACHE=1,
+            FAKETIME_DONT_FAKE_MONOTONIC=1,
+            DONT_FAKE_MONOTONIC=1,
+        )
+        if leaping is None:
+            return None
+        met: dict[str, int] = {}
+        for leap in ("+2h", "-1d", "+0"):
+            await asyncio.sleep(run.luck.uniform(0.5, 1.5))
+            for state, count in (await run.states(role.node)).items():
+                met[state] = met.get(state, 0) + count
+            clock.write_text(leap)
+        await _replaced(run, leaping)
     return Struck("clock stepped under a worker", role.name, met)
