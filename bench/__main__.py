@@ -2,7 +2,7 @@
 
 ::
 
-    the machine's facts  ->  latency  ->  limit, burst, limit, burst, ...  ->  JSON, a table, targets
+    the machine's facts  ->  latency  ->  limit, burst, list, limit, burst, list, ...  ->  JSON, a table, targets
 
 Each measurement runs in a process of its own; each stack is new, in a fresh directory.
 """
@@ -53,10 +53,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         _note(report.machine_line(results["machine"]))
         if options.latency_jobs > 0:
             results |= _latency(folder, options.latency_jobs)
-        results["limits"], results["bursts"] = [], []
+        results["limits"], results["bursts"], results["lists"] = [], [], []
         for number in range(1, options.runs + 1):
             results["limits"].append(_loaded(f"limit {number}", lambda: _limit(options.jobs)))
             results["bursts"].append(_loaded(f"burst {number}", lambda: _burst(folder, options)))
+            results["lists"].append(_loaded(f"list {number}", lambda: _burst(folder, options, "--list")))
             results["durability"] = results["bursts"][-1]["found"].pop("durability")
     return results
 
@@ -86,13 +87,13 @@ def _limit(jobs: int) -> dict[str, Any]:
     return found
 
 
-def _burst(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def _burst(folder: Path, options: argparse.Namespace, *more: str) -> dict[str, Any]:
     seconds = 60 + options.jobs / SLOWEST_PER_SECOND
     size = ("--jobs", options.jobs, "--connections", options.connections, "--seconds", seconds)
     with stack.running(folder, CPUS) as running:
         durability = asyncio.run(stack.durability(running.database_url))
         place = ("--port", running.port, "--pid", running.pid, "--database", running.database_url)
-        return {**measure("bench.burst", *place, *size, seconds=seconds + 30), "durability": durability}
+        return {**measure("bench.burst", *place, *size, *more, seconds=seconds + 30), "durability": durability}
 
 
 def _note(text: str) -> None:

@@ -24,6 +24,7 @@ from bench.wire import Lane, open_lane, request
 from core.states import FINAL
 
 POLL_SECONDS = 0.02  # of the job posted last, until it is over: 50 requests a second beside the burst
+SUBMISSION = {"job": {"name": "bench", "account": "bench", "cpus_per_task": 1}, "script": SCRIPT}
 _FINAL = frozenset(state.value for state in FINAL)
 
 
@@ -34,6 +35,8 @@ class Size:
     jobs: int
     connections: int
     warm_up: int = 100
+    as_list: bool = False
+    """Whether one request holds them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ async def burst(target: Stack, size: Size, seconds: float) -> Result:
         async with asyncio.timeout(seconds):
             warm = await _post_all(lanes, target, size.warm_up)
             await _all_over(lanes[0], target, warm)
-            result = await _measured(connection, lanes, target, size.jobs)
+            result = await _measured(connection, lanes, target, size)
             await _check_nodes(lanes[0], target)
             if broken := await broken_invariants(connection):
                 raise BenchError(f"the run is void, the audit found: {'; '.join(broken)}")
@@ -69,10 +72,10 @@ async def burst(target: Stack, size: Size, seconds: float) -> Result:
         await connection.close()
 
 
-async def _measured(connection: asyncpg.Connection, lanes: Sequence[Lane], target: Stack, jobs: int) -> Result:
+async def _measured(connection: asyncpg.Connection, lanes: Sequence[Lane], target: Stack, size: Size) -> Result:
     wrote, times, cpu = await written(connection), cpu_times(target.pid), own_cpu()
     began = time.time()
-    ids = await _post_all(lanes, target, jobs)
+    ids = await (_post_list(lanes[0], target, size.jobs) if size.as_list else _post_all(lanes, target, size.jobs))
     accepted = time.time()
     await _over(lanes[0], target, ids[-1])
     seen = time.time()
@@ -80,9 +83,9 @@ async def _measured(connection: asyncpg.Connection, lanes: Sequence[Lane], targe
     wrote_after = await written(connection)
     ended = max(await _all_over(lanes[0], target, ids))
     return Result(
-        jobs=jobs,
-        accepted_per_second=round(jobs / (accepted - began), 1),
-        finished_per_second=round(jobs / (ended - began), 1),
+        jobs=size.jobs,
+        accepted_per_second=round(size.jobs / (accepted - began), 1),
+        finished_per_second=round(size.jobs / (ended - began), 1),
         seconds=round(ended - began, 3),
         seen_after_seconds=round(max(seen, ended) - began, 3),
         cpu_seconds=cpu_seconds,
@@ -96,11 +99,18 @@ def _between(before: Written, after: Written) -> Written:
 
 async def _post_all(lanes: Sequence[Lane], target: Stack, jobs: int) -> list[int]:
     """Post them as fast as the connections allow; their numbers, ascending."""
-    job = {"name": "bench", "account": "bench", "cpus_per_task": 1}
-    sent = request("POST", "/api/v1/jobs", target.port, {"job": job, "script": SCRIPT})
+    sent = request("POST", "/api/v1/jobs", target.port, SUBMISSION)
     turns, bodies = iter(range(jobs)), list[bytes]()
     await asyncio.gather(*(_post_some(lane, sent, turns, bodies) for lane in lanes))
     return sorted(_job_id(body) for body in bodies)
+
+
+async def _post_list(lane: Lane, target: Stack, jobs: int) -> list[int]:
+    """Post them in one request; their numbers, ascending."""
+    got = await lane.ask(request("POST", "/api/v1/jobs", target.port, {"jobs": [SUBMISSION] * jobs}))
+    if got.status != 201:
+        raise BenchError(f"the run is void: the list was answered {got.status} {got.body[:300]!r}")
+    return [job["job_id"] for job in got.document["jobs"]]
 
 
 async def _post_some(lane: Lane, sent: bytes, turns: Iterator[int], bodies: list[bytes]) -> None:
@@ -172,10 +182,11 @@ def main() -> int:
     parser.add_argument("--database", required=True, help="its URL")
     parser.add_argument("--jobs", type=int, required=True)
     parser.add_argument("--connections", type=int, required=True)
+    parser.add_argument("--list", action="store_true", help="all in one request")
     parser.add_argument("--seconds", type=float, required=True)
     options = parser.parse_args()
     target = Stack(options.pid, options.port, options.database)
-    size = Size(options.jobs, options.connections)
+    size = Size(options.jobs, options.connections, as_list=options.list)
 
     def work() -> object:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -63,13 +63,13 @@ def targets(results: Mapping[str, Any]) -> list[Target]:
     ]
 
 
-def fraction(results: Mapping[str, Any]) -> float:
+def fraction(results: Mapping[str, Any], kind: str = "bursts") -> float:
     """Finished jobs a second of the bare limit, median of median."""
-    return _rates(results, "finished_per_second").median / _limit(results).median
+    return _rates(results, "finished_per_second", kind).median / _limit(results).median
 
 
-def _rates(results: Mapping[str, Any], name: str) -> Spread:
-    return spread([run["found"][name] for run in results["bursts"]])
+def _rates(results: Mapping[str, Any], name: str, kind: str = "bursts") -> Spread:
+    return spread([run["found"][name] for run in results[kind]])
 
 
 def _limit(results: Mapping[str, Any]) -> Spread:
@@ -127,11 +127,14 @@ def _burst_lines(results: Mapping[str, Any]) -> list[str]:
     rows = [
         ("accepted/s", _rates(results, "accepted_per_second")),
         ("finished/s", _rates(results, "finished_per_second")),
+        ("as one list: accepted/s", _rates(results, "accepted_per_second", "lists")),
+        ("as one list: finished/s", _rates(results, "finished_per_second", "lists")),
         ("bare limit, scripts/s", _limit(results)),
     ]
     lines = [f"{title:<52}{'median':>11}{'min':>11}{'max':>11}"]
     lines += [f"  {text:<50}{row.median:>11.1f}{row.min:>11.1f}{row.max:>11.1f}" for text, row in rows]
     lines.append(f"  {'finished/s of the bare limit':<50}{fraction(results):>11.1%}")
+    lines.append(f"  {'as one list: finished/s of the bare limit':<50}{fraction(results, 'lists'):>11.1%}")
     loads = ", ".join(f"{run['load']:.2f}" for run in bursts)
     return [*lines, f"  load before each burst: {loads}"]
 

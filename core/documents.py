@@ -49,6 +49,18 @@ class JobsDocument(TypedDict):
     next_cursor: str | None
 
 
+class SubmittedJob(TypedDict):
+    """A job of a list that was submitted."""
+
+    job_id: int
+
+
+class SubmittedDocument(TypedDict):
+    """The jobs of a list, in its order."""
+
+    jobs: list[SubmittedJob]
+
+
 class NodeDocument(TypedDict):
     """A node, with the names of Slurm's node info.
 

@@ -287,7 +287,7 @@ WHOLES = rows(
     (body(script="#!/bin/sh\necho \udc00\ud800"), 422, "/script", "half a surrogate pair"),
     (body({"script": "#!/bin/sh\n"}), 422, "/script", "differs from /job/script"),
     (body(x=1), 422, "/x", "unknown field"),
-    (body(jobs=[]), 422, "/jobs", "unknown field"),
+    (body(jobs=[]), 422, "/job", "unknown field beside jobs"),
     (body(account="test"), 422, "/account", "unknown field"),
     ({**body(), HALF: 1}, 422, "", "half a surrogate pair"),
     (body({HALF: 1}), 422, "/job", "half a surrogate pair"),

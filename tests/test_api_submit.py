@@ -187,13 +187,15 @@ async def test_large_submissions_go_in_parts(api: Api) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "cuts"), [([1] * 5, [5]), ([5, 5, 5], [2, 1]), ([99, 1, 1], [1, 2]), ([1, 99, 1], [1, 1, 1])]
+    ("sizes", "cuts"),
+    [([1] * 5, [5]), ([1] * 13, [6, 6, 1]), ([5, 5, 5], [2, 1]), ([99, 1, 1], [1, 2]), ([1, 99, 1], [1, 1, 1])],
 )
 def test_parts_are_cut_where_they_grow_too_large(
     monkeypatch: pytest.MonkeyPatch, sizes: list[int], cuts: list[int]
 ) -> None:
     monkeypatch.setattr(submit, "PART", 10)
-    batch = [a_job(script="x" * (size - 1), environment={"A": ""}) for size in sizes]
+    monkeypatch.setattr(submit, "PART_JOBS", 6)
+    batch = [a_job(script="x" * (size - 1), environment={"A": ""}, standard_output="") for size in sizes]
     found = list(submit.parts(batch))
     assert [len(part) for part in found] == cuts
     assert [job for part in found for job in part] == batch

@@ -46,6 +46,7 @@ def some_results(first_line: float = 9.0, finished: float = 300.0) -> dict[str, 
         "latency_load": 0.5,
         "latency": {**latencies, "steps_ms": {"posted to 201": [2.0]}},
         "bursts": [{"load": 0.5, "found": found}],
+        "lists": [{"load": 0.5, "found": {**found, "finished_per_second": 2 * finished}}],
         "limits": [{"load": 0.5, "found": {"scripts_per_second": 1000.0}}],
     }
 
@@ -60,6 +61,7 @@ def test_the_table_says_what_was_met() -> None:
     table = report.render(some_results())
     assert table.count("   met") == 2
     assert "30.0%" in table
+    assert "60.0%" in table  # as one list
     assert "worker                                                   1000" in table
     assert "0.20 writing transactions, 2.0 KiB of WAL" in table
 
@@ -69,7 +71,8 @@ def test_the_table_says_what_was_not_met() -> None:
 
 
 def test_what_was_left_out_is_not_measured() -> None:
-    results = {key: value for key, value in some_results().items() if key not in ("latency", "bursts", "limits")}
+    measured = ("latency", "bursts", "lists", "limits")
+    results = {key: value for key, value in some_results().items() if key not in measured}
     assert report.render(results).count("not measured") == 2
 
 
@@ -132,10 +135,11 @@ async def test_a_very_small_run(settings: Settings, tmp_path: Path) -> None:
     async with running(settings, tmp_path) as system:
         port = int(system.api.address.rpartition(":")[2])
         target = Stack(os.getpid(), port, settings.postgres_dsn)
-        result = await burst(target, Size(jobs=5, connections=2, warm_up=2), seconds=30)
-        assert result.jobs == 5
-        assert result.finished_per_second > 0
-        assert result.cpu_seconds.keys() >= {"api", "scheduler", "worker", "scripts"}
+        for as_list in (False, True):
+            result = await burst(target, Size(jobs=5, connections=2, warm_up=2, as_list=as_list), seconds=30)
+            assert result.jobs == 5
+            assert result.finished_per_second > 0
+            assert result.cpu_seconds.keys() >= {"api", "scheduler", "worker", "scripts"}
         peaceful, polled = await asyncio.to_thread(latency.series, port, 1)
     for sample in (*peaceful, *polled):
         assert sample.posted < sample.allocate_time < sample.start_time < sample.first_line < sample.end_time

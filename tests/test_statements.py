@@ -184,12 +184,14 @@ A_LOSS = Loss(
 
 Use = Callable[[Any, int], Awaitable[object]]
 
+
 HOT: dict[str, Use] = {
     "insert": lambda c, n: jobs.insert(c, [a_job()] * n),
     "insert with keys": lambda c, n: jobs.insert(c, [a_job(key="1", digest=b"")] * n),
     "stored_by": lambda c, n: jobs.stored_by(c, 0, n),
     "by_keys": lambda c, n: jobs.by_keys(c, [a_job(key="1")] * n),
     "get": lambda c, n: jobs.get(c, WAITING[n]),
+    "of_list": lambda c, n: jobs.of_list(c, WAITING[n], n),
     "cancel_waiting": lambda c, n: jobs.cancel_waiting(c, WAITING[n]),
     "request_cancel": lambda c, n: jobs.request_cancel(c, Attempt(WAITING[n], 1)),
     "look": lambda c, n: pending.look(c, n),

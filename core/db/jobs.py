@@ -66,7 +66,7 @@ SELECT position, job_id, now() FROM taken
 """
 
 
-async def insert(connection: Connection, jobs: Sequence[NewJob], *, submission: int = 0) -> list[Stored | None]:
+async def insert(connection: Connection, jobs: Sequence[NewJob], submission: int = 0) -> list[Stored | None]:
     """Store submissions in one statement; answer how, in their order.
 
     None, with nothing stored, for one that is larger than every registered node of its partition (while no node is
@@ -117,6 +117,20 @@ async def stored_by(connection: Connection, submission: int, count: int) -> list
 def _in_order(rows: Sequence[asyncpg.Record], count: int) -> list[Stored | None]:
     stored = {row[0]: Stored(row[1], row[2]) for row in rows}
     return [stored.get(position) for position in range(1, count + 1)]
+
+
+_OF_LIST = """
+SELECT s.job_id
+FROM job_specs f
+JOIN job_specs s ON s.job_id >= f.job_id AND s.submission >= f.submission AND s.submission < f.submission + $2
+WHERE f.job_id = $1
+ORDER BY s.job_id LIMIT $2
+"""
+
+
+async def of_list(connection: Connection, first: int, count: int) -> list[int]:
+    """The jobs that were stored in one go of `count`, in their order, given the first one."""
+    return [row[0] for row in await connection.fetch(_OF_LIST, first, count)]
 
 
 _BY_KEYS = """

@@ -22,7 +22,7 @@ from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
 from services.api import cancel, health, jobs, logs, nodes
 from services.api.database import Database
-from services.api.guard import MAX_BODY, guard
+from services.api.guard import guard
 from services.api.models import Site
 from services.api.problems import answer_problems
 from services.api.state import STATE, State
@@ -35,7 +35,7 @@ NODE = "/api/v1/nodes/{name:[^/]+}"  # braces may stand in a node's name
 ROUTES: tuple[tuple[str, str, Handle], ...] = (
     ("GET", "/", health.root),
     ("GET", "/health", health.health),
-    ("POST", "/api/v1/jobs", jobs.post_job),
+    ("POST", "/api/v1/jobs", jobs.post_jobs),
     ("GET", "/api/v1/jobs", jobs.list_jobs),
     ("GET", "/api/v1/jobs/{job_id}", jobs.get_job),
     ("DELETE", "/api/v1/jobs/{job_id}", cancel.cancel_job),
@@ -49,6 +49,7 @@ ROUTES: tuple[tuple[str, str, Handle], ...] = (
 )
 
 NOTIFY_POLL_SECONDS = 3600
+LARGE_LISTS = 4
 
 HEADERS = {"Server": "rowlock", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 """Of every answer."""
@@ -68,6 +69,7 @@ async def running(settings: Settings) -> AsyncIterator[web.Application]:
             redis=streams.connect(settings),
             workers=workers,
             wake=wake,
+            large=asyncio.Semaphore(LARGE_LISTS),
         )
         try:
             async with asyncio.TaskGroup() as group:
@@ -114,7 +116,7 @@ def _user() -> str:
 
 def application(settings: Settings, state: State) -> web.Application:
     """The routes, behind the guard and the problem answers."""
-    app = web.Application(middlewares=[note_access, answer_problems, guard(settings)], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[note_access, answer_problems, guard(settings)], client_max_size=0)
     app[STATE] = state
     for method, path, handler in ROUTES:
         # A route for GET answers HEAD as well.

@@ -46,6 +46,7 @@ class Database:
         self._pool: Pool | None = None
         self._store = Line(settings, "api", **PLANNED_ONCE)
         self._bell = Line(settings, "api")
+        self._lists = Line(settings, "api", **PLANNED_ONCE)
         self._fits = False
         self._doubt = Wakeup()
 
@@ -72,6 +73,10 @@ class Database:
     def store(self) -> AbstractAsyncContextManager[Connection]:
         """The one that submissions are stored on: PLANNED_ONCE, which no list with its filters could be."""
         return self._acquired(self._store)
+
+    def lists(self) -> AbstractAsyncContextManager[Connection]:
+        """The one that lists of submissions are stored on."""
+        return self._acquired(self._lists)
 
     def bell(self) -> AbstractAsyncContextManager[Connection]:
         """The one that notifications are sent on."""
@@ -109,8 +114,7 @@ class Database:
 
     async def _let_go(self) -> None:
         """Use no connection any more that was opened to a safe server: each new one is looked at."""
-        self._store.close()
-        self._bell.close()
+        self._close_lines()
         if self._pool is not None:
             await self._pool.expire_connections()
 
@@ -130,10 +134,13 @@ class Database:
         finally:
             alone.terminate()
 
+    def _close_lines(self) -> None:
+        for line in (self._store, self._bell, self._lists):
+            line.close()
+
     async def close(self) -> None:
         """Close the pool in order, or in haste when something still holds it."""
-        self._store.close()
-        self._bell.close()
+        self._close_lines()
         if self._pool is None:
             return
         try:

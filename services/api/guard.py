@@ -10,9 +10,10 @@ from aiohttp.typedefs import Handler, Middleware
 
 from core.errors import SettingsError
 from core.settings import Settings
-from services.api.problems import Problem
+from services.api.problems import TOO_LARGE, Problem
 
 MAX_BODY = 8 * 1024 * 1024
+MAX_LIST_BODY = 64 * 1024 * 1024
 BODY_SECONDS = 60
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - what an empty host means to a listener
 
@@ -91,20 +92,29 @@ def check_json(request: web.Request) -> None:
         raise Problem(415, "Content-Type must be application/json, with no parameter but charset=utf-8")
 
 
-async def body_of(request: web.Request) -> bytes:
+async def body_of(request: web.Request, most: int = MAX_BODY) -> bytes:
     """The body, whatever it is, or Problem: 415 when it is compressed, 413, 408, 400."""
     if any(coding.lower() != "identity" for coding in request.headers.getall("Content-Encoding", [])):
         raise Problem(415, "the body must not be compressed")
-    if (request.content_length or 0) > MAX_BODY:
-        raise Problem(413, "the body is too large: at most 8 MiB")
+    if (request.content_length or 0) > most:
+        raise Problem(413, TOO_LARGE)
     _invite(request)
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return await request.read()
+            return await _read(request, most)
     except TimeoutError:
         raise Problem(408, f"the body took longer than {BODY_SECONDS} s", closes=True) from None
     except (web.RequestPayloadError, ConnectionError):
         raise Problem(400, "the body is malformed or was cut off", closes=True) from None
+
+
+async def _read(request: web.Request, most: int) -> bytes:
+    body = bytearray()
+    async for piece in request.content.iter_any():
+        body += piece
+        if len(body) > most:  # it came in pieces, without saying how long it would be
+            raise Problem(413, TOO_LARGE)
+    return bytes(body)
 
 
 def _invite(request: web.Request) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 
 from aiohttp import web
@@ -37,6 +38,11 @@ def digest(asked: NewJob) -> bytes:
     wishes = {name: value for name, value in values.items() if value}
     canonical = json.dumps(wishes, sort_keys=True, separators=(",", ":"))
     return _FORM + hashlib.sha256(canonical.encode()).digest()
+
+
+def digest_of_list(digests: Sequence[bytes]) -> bytes:
+    """What tells a list of jobs from another, and from each single job."""
+    return _FORM + hashlib.sha256(b"list" + b"".join(digests)).digest()
 
 
 def is_same(one: bytes, other: bytes) -> bool:

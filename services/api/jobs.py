@@ -1,15 +1,20 @@
 """Jobs over HTTP: submit, read, list."""
 
+import asyncio
 import re
 
 import structlog
 from aiohttp import web
 
 from core.db import jobs
-from core.documents import JobsDocument
+from core.documents import JobsDocument, SubmittedDocument
+from core.errors import Unavailable
 from core.records import Job
-from services.api import guard, idempotency, listing, models, rendering, state, strict_json
-from services.api.problems import Problem
+from services.api import guard, idempotency, listing, lists, models, rendering, state, strict_json
+from services.api.problems import TOO_LARGE, Problem
+
+PATIENCE_SECONDS = 5
+"""For which a large list waits for others."""
 
 _JOB_ID = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
 
@@ -29,13 +34,45 @@ def found(job: Job | None, job_id: int) -> Job:
     return job
 
 
-async def post_job(request: web.Request) -> web.Response:
-    """``POST /jobs``: 201 with the job as stored, after the commit; 200 with the one that has the key already."""
-    api = state.of(request)
+async def post_jobs(request: web.Request) -> web.Response:
+    """``POST /jobs``: 201 with what is stored, after the commit; 200 with what has the key already."""
     guard.check_json(request)
     key = idempotency.key_of(request)
-    new = models.new_job(strict_json.parse(await guard.body_of(request)), api.site, key)
-    accepted = await api.submitter.submit(new)
+    if (request.content_length or 0) > guard.MAX_BODY:
+        return await _post_large(request, key)
+    document = strict_json.parse(await guard.body_of(request))
+    return await (_post_list if lists.is_list(document) else _post_one)(state.of(request), document, key)
+
+
+async def _post_large(request: web.Request, key: str | None) -> web.Response:
+    """A list that is larger than a job may be: a few at a time, since each is held several times over on its way."""
+    api = state.of(request)
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await api.large.acquire()
+    except TimeoutError:
+        raise Unavailable("other large lists of jobs are being stored") from None
+    try:
+        document = await asyncio.to_thread(strict_json.parse, await guard.body_of(request, guard.MAX_LIST_BODY))
+        if not lists.is_list(document):
+            raise Problem(413, TOO_LARGE)
+        return await _post_list(api, document, key)
+    finally:
+        api.large.release()
+
+
+async def _post_list(api: state.State, document: object, key: str | None) -> web.Response:
+    accepted = await api.submitter.submit_all(await lists.new_jobs(document, api.site, key))
+    ids = accepted.job_ids
+    event = "submission_repeated" if accepted.replayed else "jobs_submitted"
+    structlog.get_logger().info(event, jobs=len(ids), first=ids[0], last=ids[-1])
+    headers = {idempotency.REPLAY: "true"} if accepted.replayed else {}
+    stored: SubmittedDocument = {"jobs": [{"job_id": job_id} for job_id in ids]}
+    return rendering.answer(stored, 200 if accepted.replayed else 201, headers)
+
+
+async def _post_one(api: state.State, document: object, key: str | None) -> web.Response:
+    accepted = await api.submitter.submit(models.new_job(document, api.site, key))
     job = accepted.job
     event = "submission_repeated" if accepted.replayed else "job_submitted"
     structlog.get_logger().info(event, job_id=job.job_id, account=job.account, cpus=job.cpus)

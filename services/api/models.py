@@ -299,7 +299,7 @@ class NodeRequest(BaseModel):
 def node_request(document: object) -> NodeRequest:
     """What is asked for, or Problem 422 with all that is wrong with it."""
     fields = document if isinstance(document, dict) else {}
-    _check_count(fields, "")
+    check_count(fields, "")
     unsaid = fields.get("state") in ("DRAIN", "DOWN") and fields.get("reason") is None
     faults = [Fault("required: it is shown to whoever wonders about the node", "/reason")] if unsaid else []
     try:
@@ -362,13 +362,14 @@ def _check_sizes(document: object, job: Mapping[str, object]) -> None:
             fault = Fault("a script is at most 1 MiB of UTF-8", pointer)
             raise Problem(413, "the script is too large: at most 1 MiB of UTF-8", faults=[fault])
     for pointer, fields in (("", whole), ("/job", job)):
-        _check_count(fields, pointer)
+        check_count(fields, pointer)
     environment = job.get("environment")
     if isinstance(environment, dict | list) and len(environment) > MAX_VARIABLES:
         raise unprocessable([Fault(f"should hold at most {MAX_VARIABLES} variables", "/job/environment")])
 
 
-def _check_count(fields: Mapping[str, object], pointer: str) -> None:
+def check_count(fields: Mapping[str, object], pointer: str) -> None:
+    """Problem when an object has more fields than anything here."""
     if len(fields) > MAX_FIELDS:
         raise unprocessable([Fault(f"has {len(fields)} fields; there are not that many", pointer)])
 

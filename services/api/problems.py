@@ -1,8 +1,8 @@
 """Every error answer is a problem document (RFC 9457)."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 
 import structlog
@@ -14,6 +14,7 @@ from core.errors import RowlockError, Unavailable
 CONTENT_TYPE = "application/problem+json"
 RETRY_SECONDS = 2
 MAX_FAULTS = 100
+TOO_LARGE = "the body is too large: at most 8 MiB, or 64 MiB for a list of jobs that says its Content-Length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ class Problem(RowlockError):
         return response
 
 
+def within(number: int, faults: Iterable[Fault]) -> list[Fault]:
+    """Faults of one job, as faults of the list that it stands in."""
+    return [replace(fault, pointer=f"/jobs/{number}{fault.pointer}") for fault in faults]
+
+
 def unprocessable(faults: Sequence[Fault]) -> Problem:
     """422 with all faults at once."""
     count = len(faults)
@@ -86,8 +92,6 @@ def from_http_exception(error: web.HTTPException) -> Problem:
             detail = "there is nothing at this path"
         case web.HTTPMethodNotAllowed():
             detail = f"{error.method} is not possible here, but {error.headers.get('Allow', 'nothing')} is"
-        case web.HTTPRequestEntityTooLarge():
-            detail = "the body is too large: at most 8 MiB"
         case web.HTTPExpectationFailed():
             detail = "the only expectation that can be met is 100-continue"
         case _:

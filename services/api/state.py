@@ -1,5 +1,6 @@
 """What the handlers share."""
 
+import asyncio
 from dataclasses import dataclass
 
 import aiohttp
@@ -23,6 +24,8 @@ class State:
     workers: aiohttp.ClientSession
     wake: Wakeup
     """Set after a commit that the scheduler should hear of."""
+    large: asyncio.Semaphore
+    """Held for each large list that is being read and stored."""
 
 
 STATE = web.AppKey("state", State)

@@ -2,8 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import asyncpg
@@ -12,20 +12,23 @@ import structlog
 from core import crash
 from core.batch import Batcher
 from core.db import jobs, nodes
-from core.db.connection import RETRY_SECONDS, end_backend, is_refusal
+from core.db.connection import RETRY_SECONDS, Connection, end_backend, is_refusal
 from core.errors import Unavailable
 from core.records import Job, NewJob
 from core.states import Reason, State
 from core.wakeup import Wakeup
 from services.api.database import Database
 from services.api.idempotency import HEADER, is_same
-from services.api.problems import Fault, Problem, unprocessable
+from services.api.problems import MAX_FAULTS, Fault, Problem, unprocessable, within
 
 BATCH = 500
 # Characters in one statement: more is held several times over on its way, and might outlast the statement's time.
 PART = 8 * 1024 * 1024
+PART_JOBS = 1000
 # For how long an insert whose answer was lost is looked for; the next submissions wait for it.
 SETTLE_SECONDS = 10
+# For which a list waits for others.
+LIST_SECONDS = 5
 
 # What says that a value does not fit, and not that the server is away. The models should have found it.
 MISFITS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError)
@@ -39,6 +42,19 @@ class Accepted:
     replayed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class AcceptedList:
+    """A list of jobs that are stored, in its order, by this very submission or by an earlier one under the same key."""
+
+    job_ids: list[int]
+    replayed: bool = False
+
+
+Connect = Callable[[], AbstractAsyncContextManager[Connection]]
+Insert = Callable[[Connection, Sequence[NewJob], int], Awaitable[list[jobs.Stored | None]]]
+"""Stores jobs under a number by which they are found again; None for each that is not stored."""
+
+
 class Submitter:
     """Stores submissions in batches; sets `wake` after each commit."""
 
@@ -46,6 +62,7 @@ class Submitter:
         self._database = database
         self._wake = wake
         self._batcher: Batcher[NewJob, Accepted] = Batcher(self._store, BATCH)
+        self._lists = asyncio.Lock()
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -57,6 +74,41 @@ class Submitter:
         Raises Unavailable, and Problem when it fits no node or its key stands for another job.
         """
         return await self._batcher.do(job)
+
+    async def submit_all(self, batch: Sequence[NewJob]) -> AcceptedList:
+        """The jobs as stored, all of them in one commit, or none. A key is the first one's. Raises as `submit` does."""
+        async with self._one_list():
+            async with self._database.lists() as connection:
+                if (kept := await _replayed(connection, batch)) is not None:
+                    return kept
+                await _check_sizes(connection, batch)
+            crash.here("api.read")
+            try:
+                stored = await self._insert(batch, self._database.lists, _insert_all)
+            except MISFITS as error:
+                raise _misfit(error, "one of these jobs") from None
+            crash.here("api.stored")
+            if all(stored):
+                self._wake.set()
+                return AcceptedList([row.job_id for row in stored if row is not None])
+            async with self._database.lists() as connection:  # somebody was faster, by a moment
+                if (kept := await _replayed(connection, batch)) is not None:
+                    return kept
+                await _check_sizes(connection, batch)
+            raise Unavailable("nodes where all of these jobs fit have just registered: post them again")
+
+    @asynccontextmanager
+    async def _one_list(self) -> AsyncIterator[None]:
+        """Alone with the connection for lists, or Unavailable where others take too long."""
+        try:
+            async with asyncio.timeout(LIST_SECONDS):
+                await self._lists.acquire()
+        except TimeoutError:
+            raise Unavailable("other lists of jobs are being stored") from None
+        try:
+            yield
+        finally:
+            self._lists.release()
 
     async def _store(self, batch: Sequence[NewJob]) -> list[Accepted | Exception]:
         return [result for part in parts(batch) for result in await self._store_part(part)]
@@ -73,7 +125,7 @@ class Submitter:
 
     async def _store_together(self, batch: Sequence[NewJob]) -> list[Accepted | Exception]:
         crash.here("api.read")
-        stored = await self._insert(batch)
+        stored = await self._insert(batch, self._database.store, jobs.insert)
         crash.here("api.stored")
         self._wake.set()
         left = [job for job, row in zip(batch, stored, strict=True) if row is None]
@@ -82,33 +134,33 @@ class Submitter:
             next(others) if row is None else Accepted(_stored(job, row)) for job, row in zip(batch, stored, strict=True)
         ]
 
-    async def _insert(self, batch: Sequence[NewJob]) -> list[jobs.Stored | None]:
+    async def _insert(self, batch: Sequence[NewJob], connect: Connect, insert: Insert) -> list[jobs.Stored | None]:
         """Insert; when the answer is lost, find out whether that was done, and do it again when it was not."""
         deadline: float | None = None
         while True:
             backend, submission = None, secrets.randbits(62)
             try:
-                async with self._database.store() as connection:
+                async with connect() as connection:
                     backend = connection.get_server_pid()
-                    return await jobs.insert(connection, batch, submission=submission)
+                    return await insert(connection, batch, submission)
             except Unavailable as error:
                 if backend is None or is_refusal(error.__cause__):
                     raise
                 deadline = deadline or asyncio.get_running_loop().time() + SETTLE_SECONDS
                 try:
                     async with asyncio.timeout_at(deadline):
-                        stored = await self._found(backend, submission, len(batch))
+                        stored = await self._found(connect, backend, submission, len(batch))
                 except TimeoutError:
                     hint = "the job may have been stored: look before you post it again, or use an Idempotency-Key"
                     raise Unavailable(f"{error}; {hint}") from error
             if any(stored):
                 return stored
 
-    async def _found(self, backend: int, submission: int, count: int) -> list[jobs.Stored | None]:
+    async def _found(self, connect: Connect, backend: int, submission: int, count: int) -> list[jobs.Stored | None]:
         """What an insert has stored whose answer was lost, once PostgreSQL is there to be asked."""
         while True:
             with suppress(Unavailable):
-                async with self._database.store() as connection:
+                async with connect() as connection:
                     if await end_backend(connection, backend, RETRY_SECONDS):
                         return await jobs.stored_by(connection, submission, count)
             await asyncio.sleep(RETRY_SECONDS)
@@ -125,6 +177,48 @@ class Submitter:
         return [why_not(job, kept, largest) for job in batch]
 
 
+class _NotAll(Exception):
+    """Takes the transaction back."""
+
+
+async def _insert_all(connection: Connection, batch: Sequence[NewJob], submission: int) -> list[jobs.Stored | None]:
+    found: list[jobs.Stored | None] = []
+    with suppress(_NotAll):
+        async with connection.transaction():
+            for part in parts(batch):
+                found += await jobs.insert(connection, part, submission + len(found))
+                if None in found:
+                    raise _NotAll
+        return found
+    return [None] * len(batch)
+
+
+async def _replayed(connection: Connection, batch: Sequence[NewJob]) -> AcceptedList | None:
+    """What is stored under the list's key, if anything is; Problem when that is something else."""
+    first = batch[0]
+    kept = {} if first.key is None else await jobs.by_keys(connection, [first])
+    if (found := kept.get((first.account, first.key or ""))) is None:
+        return None
+    digest, job = found
+    ids = await jobs.of_list(connection, job.job_id, len(batch)) if digest == first.digest else []
+    if len(ids) != len(batch):
+        raise taken(first, job)
+    return AcceptedList(ids, replayed=True)
+
+
+async def _check_sizes(connection: Connection, batch: Sequence[NewJob]) -> None:
+    """Problem for those that no node could ever run; where there are many, the first of them."""
+    largest = await nodes.largest_by_partition(connection)
+    faults: list[Fault] = []
+    for number, job in enumerate(batch):
+        if (refused := refusal(job, largest)) is not None:
+            faults += within(number, refused.faults)
+        if len(faults) > MAX_FAULTS:
+            break
+    if faults:
+        raise unprocessable(faults)
+
+
 def why_not(
     job: NewJob, kept: Mapping[tuple[str, str], tuple[bytes, Job]], largest: Mapping[str, int]
 ) -> Accepted | Exception:
@@ -138,26 +232,37 @@ def replay(job: NewJob, digest: bytes, found: Job) -> Accepted | Problem:
     """The answer to a submission whose key is taken."""
     if job.digest is not None and is_same(digest, job.digest):
         return Accepted(found, replayed=True)
+    return taken(job, found)
+
+
+def taken(job: NewJob, found: Job) -> Problem:
+    """What a submission is answered whose key stands for something else."""
     return Problem(
         422, f"{HEADER} {job.key} of account {job.account} stands for another job, {found.job_id}: use a key once"
     )
 
 
 def parts(batch: Sequence[NewJob]) -> Iterator[Sequence[NewJob]]:
-    """The batch in order, cut where a part would hold more than PART characters of text."""
+    """The batch in order, cut where a part would hold more than PART characters of text, or than PART_JOBS."""
     start, held = 0, 0
     for index, job in enumerate(batch):
-        size = len(job.script) + sum(len(name) + len(value) for name, value in job.environment.items())
-        if index > start and held + size > PART:
+        size = _size(job)
+        if index > start and (held + size > PART or index - start == PART_JOBS):
             yield batch[start:index]
             start, held = index, 0
         held += size
     yield batch[start:]
 
 
-def _misfit(error: Exception) -> Problem:
+def _size(job: NewJob) -> int:
+    """Characters of the texts that may be long."""
+    texts = (job.script, job.comment, job.current_working_directory, job.standard_output, job.standard_error)
+    return sum(len(text or "") for text in texts) + sum(len(k) + len(v) for k, v in job.environment.items())
+
+
+def _misfit(error: Exception, whose: str = "this job") -> Problem:
     structlog.get_logger().warning("submission_refused_by_database", error=type(error).__name__)
-    return Problem(422, f"the database refuses a value of this job ({type(error).__name__})")
+    return Problem(422, f"the database refuses a value of {whose} ({type(error).__name__})")
 
 
 def refusal(job: NewJob, largest: Mapping[str, int]) -> Problem | None:
