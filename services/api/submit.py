@@ -27,6 +27,7 @@ PART = 8 * 1024 * 1024
 PART_JOBS = 1000
 # For how long an insert whose answer was lost is looked for; the next submissions wait for it.
 SETTLE_SECONDS = 10
+LOOK_FIRST = "look before you post again, or use an Idempotency-Key"
 # For which a list waits for others.
 LIST_SECONDS = 5
 
@@ -91,6 +92,8 @@ class Submitter:
             if all(stored):
                 self._wake.set()
                 return AcceptedList([row.job_id for row in stored if row is not None])
+            if any(stored):  # its answer was lost, and NEWEST others have come since it began
+                raise Unavailable(f"the jobs were stored, and not all are found: {LOOK_FIRST}")
             async with self._database.lists() as connection:  # somebody was faster, by a moment
                 if (kept := await _replayed(connection, batch)) is not None:
                     return kept
@@ -151,8 +154,7 @@ class Submitter:
                     async with asyncio.timeout_at(deadline):
                         stored = await self._found(connect, backend, submission, len(batch))
                 except TimeoutError:
-                    hint = "the job may have been stored: look before you post it again, or use an Idempotency-Key"
-                    raise Unavailable(f"{error}; {hint}") from error
+                    raise Unavailable(f"{error}; it may have been stored: {LOOK_FIRST}") from error
             if any(stored):
                 return stored
 

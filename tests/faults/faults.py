@@ -229,9 +229,11 @@ def kill_both(run: Run, role: Role) -> bool:
 # The roles, killed between two effects
 
 POINTS = sorted(
-    point
-    for path in (*(ROOT / "core").rglob("*.py"), *(ROOT / "services").rglob("*.py"))
-    for point in re.findall(r'crash\.here\("(.+?)"\)', path.read_text(encoding="utf-8"))
+    {
+        point
+        for path in (*(ROOT / "core").rglob("*.py"), *(ROOT / "services").rglob("*.py"))
+        for point in re.findall(r'crash\.here\("(.+?)"\)', path.read_text(encoding="utf-8"))
+    }
 )
 """The points of the product at which it can be made to end (core/crash.py), by role and what was done there."""
 
