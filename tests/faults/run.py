@@ -36,6 +36,9 @@ _OVER = """
 SELECT e.job_id, e.attempt, j.name, j.end_time IS NOT NULL AS final
 FROM job_events e JOIN jobs j USING (job_id)
 WHERE e.from_state = 'RUNNING' AND e.job_id > (SELECT max(job_id) FROM jobs) - $1
+  -- What ended because its node is silent may run on there, until the node is back and before it starts anything else.
+  AND (e.reason <> 'NodeDown' OR EXISTS (SELECT FROM job_events s
+                                         WHERE s.node = e.node AND s.to_state = 'RUNNING' AND s.time > e.time))
 """
 
 _STATES = """
