@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             results["limits"].append(_loaded(f"limit {number}", lambda: _limit(options.jobs)))
             results["bursts"].append(_loaded(f"burst {number}", lambda: _burst(folder, options)))
             results["lists"].append(_loaded(f"list {number}", lambda: _burst(folder, options, "--list")))
-            results["durability"] = results["bursts"][-1]["found"].pop("durability")
+            for kind in ("bursts", "lists"):
+                results["durability"] = results[kind][-1]["found"].pop("durability")
     return results
 
 

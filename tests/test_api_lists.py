@@ -13,7 +13,6 @@ from pydantic import SecretStr
 from core.client import Client, ClientError
 from core.settings import Settings
 from services.api import guard, lists, models, submit
-from services.api.app import LARGE_LISTS
 from services.api.problems import Problem
 from tests.api import JOBS, SCRIPT, Answer, Api, an_api, check_problem, until
 from tests.builders import a_job, a_node, allocate, register
@@ -172,13 +171,12 @@ async def test_much_that_is_wrong_is_looked_at_in_part(api: Api, monkeypatch: py
 
 
 async def test_a_list_waits_for_others_and_not_for_ever(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "LIST_SECONDS", 0.05)
-    monkeypatch.setattr("services.api.jobs.PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(lists, "PATIENCE_SECONDS", 0.05)
     large = [{"job": {"account": "test"}, "script": "#!/bin/sh\n# " + "x" * 1_000_000}] * 9
-    async with api.state.submitter._one_list():
+    async with api.state.submitter._lists:
         check_problem(await post(api, item()), 503, "other lists of jobs are being stored")
         await api.submit()
-    for _ in range(LARGE_LISTS):
+    for _ in range(lists.LARGE_LISTS):
         await api.state.large.acquire()
     check_problem(await post(api, *large), 503, "other large lists of jobs are being stored")
     assert len(await accepted(api, item())) == 1

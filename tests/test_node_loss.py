@@ -501,7 +501,8 @@ async def test_what_another_machine_may_still_run_is_not_started_again_before_th
     await silence(connection, LEASE + 1)
     node = await joined(settings, pool, tmp_path, connection)
     begun: list[Run] = []
-    assert await recover(node, begun.append)
+    await recover(node, begun.append)
+    assert node.recovered
     assert {run.attempt: run.may_run_for for run in begun} == {again: REQUEUE, kept: 0}
     runs = {run.attempt: run for run in begun}
     log = structlog.get_logger()

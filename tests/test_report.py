@@ -204,7 +204,8 @@ async def test_nothing_is_taken_while_it_is_found_out_what_an_earlier_worker_lef
         return False
 
     monkeypatch.setattr(process, "end_stale", slowly)
-    assert await recover(node, begun)
+    await recover(node, begun)
+    assert node.recovered
     assert await state_of(connection, over.job_id) is State.COMPLETED
     assert begun.job_ids == [over.job_id, last.job_id]
     assert await write_endings(node, [an_ending(last)], begun) == [True]

@@ -20,7 +20,7 @@ from core.duty import repeat
 from core.errors import Unavailable
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
-from services.api import cancel, health, jobs, logs, nodes
+from services.api import cancel, health, jobs, lists, logs, nodes
 from services.api.database import Database
 from services.api.guard import guard
 from services.api.models import Site
@@ -49,7 +49,6 @@ ROUTES: tuple[tuple[str, str, Handle], ...] = (
 )
 
 NOTIFY_POLL_SECONDS = 3600
-LARGE_LISTS = 4
 
 HEADERS = {"Server": "rowlock", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 """Of every answer."""
@@ -69,7 +68,7 @@ async def running(settings: Settings) -> AsyncIterator[web.Application]:
             redis=streams.connect(settings),
             workers=workers,
             wake=wake,
-            large=asyncio.Semaphore(LARGE_LISTS),
+            large=asyncio.Semaphore(lists.LARGE_LISTS),
         )
         try:
             async with asyncio.TaskGroup() as group:

@@ -10,10 +10,14 @@ from aiohttp.typedefs import Handler, Middleware
 
 from core.errors import SettingsError
 from core.settings import Settings
-from services.api.problems import TOO_LARGE, Problem
+from services.api.problems import Problem
 
 MAX_BODY = 8 * 1024 * 1024
 MAX_LIST_BODY = 64 * 1024 * 1024
+TOO_LARGE = (
+    f"the body is too large: at most {MAX_BODY // 2**20} MiB, or {MAX_LIST_BODY // 2**20} MiB for a list of jobs that"
+    " says its Content-Length"
+)
 BODY_SECONDS = 60
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - what an empty host means to a listener
 

@@ -8,13 +8,9 @@ from aiohttp import web
 
 from core.db import jobs
 from core.documents import JobsDocument, SubmittedDocument
-from core.errors import Unavailable
 from core.records import Job
 from services.api import guard, idempotency, listing, lists, models, rendering, state, strict_json
-from services.api.problems import TOO_LARGE, Problem
-
-PATIENCE_SECONDS = 5
-"""For which a large list waits for others."""
+from services.api.problems import Problem
 
 _JOB_ID = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
 
@@ -45,20 +41,13 @@ async def post_jobs(request: web.Request) -> web.Response:
 
 
 async def _post_large(request: web.Request, key: str | None) -> web.Response:
-    """A list that is larger than a job may be: a few at a time, since each is held several times over on its way."""
+    """A list that is larger than a job may be."""
     api = state.of(request)
-    try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            await api.large.acquire()
-    except TimeoutError:
-        raise Unavailable("other large lists of jobs are being stored") from None
-    try:
+    async with lists.turn(api.large, "other large lists of jobs"):
         document = await asyncio.to_thread(strict_json.parse, await guard.body_of(request, guard.MAX_LIST_BODY))
         if not lists.is_list(document):
-            raise Problem(413, TOO_LARGE)
+            raise Problem(413, guard.TOO_LARGE)
         return await _post_list(api, document, key)
-    finally:
-        api.large.release()
 
 
 async def _post_list(api: state.State, document: object, key: str | None) -> web.Response:

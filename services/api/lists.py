@@ -1,9 +1,11 @@
 """Many jobs in one request: ``{"jobs": [{"job": …, "script": …}, …]}``, all of them or none."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from core.errors import Unavailable
 from core.records import NewJob
 from services.api import idempotency, models
 from services.api.problems import MAX_FAULTS, Fault, Problem, unprocessable, within
@@ -11,6 +13,24 @@ from services.api.problems import MAX_FAULTS, Fault, Problem, unprocessable, wit
 MAX_JOBS = 10_000
 TURN_SECONDS = 0.005
 """For so long it is looked at jobs before others have their turn."""
+LARGE_LISTS = 4
+"""So many that are larger than a job may be are in work: each is held several times over on its way."""
+PATIENCE_SECONDS = 5
+"""For which a list waits for others."""
+
+
+@asynccontextmanager
+async def turn(among: asyncio.Lock | asyncio.Semaphore, others: str) -> AsyncIterator[None]:
+    """A list's turn, or Unavailable where the others have it for too long."""
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await among.acquire()
+    except TimeoutError:
+        raise Unavailable(f"{others} are being stored") from None
+    try:
+        yield
+    finally:
+        among.release()
 
 
 def is_list(document: object) -> bool:
@@ -25,7 +45,7 @@ async def new_jobs(document: object, site: models.Site, key: str | None) -> list
     the whole list.
     """
     loop = asyncio.get_running_loop()
-    turn = loop.time()
+    began = loop.time()
     jobs: list[NewJob] = []
     faults: list[Fault] = []
     for number, item in enumerate(_items(document)):
@@ -39,9 +59,9 @@ async def new_jobs(document: object, site: models.Site, key: str | None) -> list
             faults += within(number, problem.faults)
         if len(faults) > MAX_FAULTS:
             break
-        if loop.time() - turn > TURN_SECONDS:
+        if loop.time() - began > TURN_SECONDS:
             await asyncio.sleep(0)
-            turn = loop.time()
+            began = loop.time()
     if faults:
         raise unprocessable(faults)
     return jobs if key is None else [_first(jobs, key), *(replace(job, key=None, digest=None) for job in jobs[1:])]

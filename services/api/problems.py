@@ -14,7 +14,6 @@ from core.errors import RowlockError, Unavailable
 CONTENT_TYPE = "application/problem+json"
 RETRY_SECONDS = 2
 MAX_FAULTS = 100
-TOO_LARGE = "the body is too large: at most 8 MiB, or 64 MiB for a list of jobs that says its Content-Length"
 
 
 @dataclass(frozen=True, slots=True)

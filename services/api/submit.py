@@ -2,8 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 
 import asyncpg
@@ -19,6 +19,7 @@ from core.states import Reason, State
 from core.wakeup import Wakeup
 from services.api.database import Database
 from services.api.idempotency import HEADER, is_same
+from services.api.lists import turn
 from services.api.problems import MAX_FAULTS, Fault, Problem, unprocessable, within
 
 BATCH = 500
@@ -28,8 +29,6 @@ PART_JOBS = 1000
 # For how long an insert whose answer was lost is looked for; the next submissions wait for it.
 SETTLE_SECONDS = 10
 LOOK_FIRST = "look before you post again, or use an Idempotency-Key"
-# For which a list waits for others.
-LIST_SECONDS = 5
 
 # What says that a value does not fit, and not that the server is away. The models should have found it.
 MISFITS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError)
@@ -63,7 +62,7 @@ class Submitter:
         self._database = database
         self._wake = wake
         self._batcher: Batcher[NewJob, Accepted] = Batcher(self._store, BATCH)
-        self._lists = asyncio.Lock()
+        self._lists = asyncio.Lock()  # around all use of the connection for them
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -78,11 +77,9 @@ class Submitter:
 
     async def submit_all(self, batch: Sequence[NewJob]) -> AcceptedList:
         """The jobs as stored, all of them in one commit, or none. A key is the first one's. Raises as `submit` does."""
-        async with self._one_list():
-            async with self._database.lists() as connection:
-                if (kept := await _replayed(connection, batch)) is not None:
-                    return kept
-                await _check_sizes(connection, batch)
+        async with turn(self._lists, "other lists of jobs"):
+            if (kept := await self._kept(batch)) is not None:
+                return kept
             crash.here("api.read")
             try:
                 stored = await self._insert(batch, self._database.lists, _insert_all)
@@ -94,24 +91,16 @@ class Submitter:
                 return AcceptedList([row.job_id for row in stored if row is not None])
             if any(stored):  # its answer was lost, and NEWEST others have come since it began
                 raise Unavailable(f"the jobs were stored, and not all are found: {LOOK_FIRST}")
-            async with self._database.lists() as connection:  # somebody was faster, by a moment
-                if (kept := await _replayed(connection, batch)) is not None:
-                    return kept
-                await _check_sizes(connection, batch)
+            if (kept := await self._kept(batch)) is not None:  # somebody was faster, by a moment
+                return kept
             raise Unavailable("nodes where all of these jobs fit have just registered: post them again")
 
-    @asynccontextmanager
-    async def _one_list(self) -> AsyncIterator[None]:
-        """Alone with the connection for lists, or Unavailable where others take too long."""
-        try:
-            async with asyncio.timeout(LIST_SECONDS):
-                await self._lists.acquire()
-        except TimeoutError:
-            raise Unavailable("other lists of jobs are being stored") from None
-        try:
-            yield
-        finally:
-            self._lists.release()
+    async def _kept(self, batch: Sequence[NewJob]) -> AcceptedList | None:
+        """What is stored under the list's key, if anything is. Problem when that, or a size, keeps the list out."""
+        async with self._database.lists() as connection:
+            if (kept := await _replayed(connection, batch)) is None:
+                await _check_sizes(connection, batch)
+        return kept
 
     async def _store(self, batch: Sequence[NewJob]) -> list[Accepted | Exception]:
         return [result for part in parts(batch) for result in await self._store_part(part)]

@@ -19,8 +19,8 @@ from services.worker.process import Adopted
 from services.worker.spool import UNKNOWN, Leader
 
 
-async def recover(node: Node, begin: Begin) -> bool:
-    """Take over every attempt that the tables call RUNNING here; True when that is done.
+async def recover(node: Node, begin: Begin) -> None:
+    """Take over every attempt that the tables call RUNNING here; then the node is `recovered`.
 
     Nobody else starts anything of this spool meanwhile: the caller holds its lock. The order of effects of a start
     is commit (of a restart a second one: where its output begins), script file, process. So an attempt
@@ -47,7 +47,6 @@ async def recover(node: Node, begin: Begin) -> bool:
     await _end_stale(node, {run.attempt for run in runs})
     _tidy(node, specs)
     node.recovered = True
-    return True
 
 
 async def _running(node: Node) -> list[JobSpec]:

@@ -88,7 +88,8 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
         ]
         duties = [group.create_task(duty) for duty in lasting]
         starts = []
-        if await _unless(stop, recover(node, begin)):
+        await _unless(stop, recover(node, begin))
+        if node.recovered:
             starting = [
                 streams.name_when_away(client, without_secrets(settings.redis_dsn)),
                 repeat("consume", lambda: claim.consume_once(node, reader, begin), Wakeup(), poll),

@@ -37,8 +37,8 @@ SELECT e.job_id, e.attempt, j.name, j.end_time IS NOT NULL AS final
 FROM job_events e JOIN jobs j USING (job_id)
 WHERE e.from_state = 'RUNNING' AND e.job_id > (SELECT max(job_id) FROM jobs) - $1
   -- What ended because its node is silent may run on there, until the node is back and before it starts anything else.
-  AND (e.reason <> 'NodeDown' OR EXISTS (SELECT FROM job_events s
-                                         WHERE s.node = e.node AND s.to_state = 'RUNNING' AND s.time > e.time))
+  AND ($2 OR e.reason <> 'NodeDown' OR EXISTS (SELECT FROM job_events s
+                                               WHERE s.node = e.node AND s.to_state = 'RUNNING' AND s.time > e.time))
 """
 
 _STATES = """
@@ -112,9 +112,9 @@ class Run:
             await self.look_for_orphans_once()
             await asyncio.sleep(ORPHAN_LOOK_SECONDS)
 
-    async def look_for_orphans_once(self, recent: int = RECENT) -> None:
-        """The tables first: what they call over by then must be gone by now."""
-        rows = await self.ask(_OVER, recent)
+    async def look_for_orphans_once(self, recent: int = RECENT, *, calm: bool = False) -> None:
+        """The tables first: what they call over by then must be gone by now; where it is `calm`, no node is silent."""
+        rows = await self.ask(_OVER, recent, calm)
         over = {Attempt(row["job_id"], row["attempt"]) for row in rows}
         names = {row["name"] for row in rows if row["final"]}
         for pid in proc.all_pids():
@@ -127,7 +127,7 @@ class Run:
 
     async def evidence(self) -> Evidence:
         """Everything that is known, once nothing is under way any more."""
-        await self.look_for_orphans_once(recent=2**40)
+        await self.look_for_orphans_once(recent=2**40, calm=True)
         connection = await self.cluster.connect()
         try:
             rows, events, audited = await stored(connection)
