@@ -37,6 +37,8 @@ MINUTES = 5
 CLIENTS = 26
 RESTARTS = (0.0, 1.0)
 SAID_SECONDS = 60
+THROUGH_SECONDS = 180
+"""Longer than any fault lasts."""
 MOST_SAID = 20
 CHAOS = Path(".chaos")
 
@@ -61,9 +63,11 @@ async def chaos(options: argparse.Namespace, folder: Path, record: Record) -> di
             running(found, load, record, Random(f"{seed} looks")) as run,
         ):
             possible = [kind for kind in KINDS.values() if kind.impossible() is None and wanted(kind, options.only)]
-            faults = [asyncio.create_task(_again_and_again(run, kind, seed)) for kind in possible]
+            over = asyncio.Event()
+            faults = [asyncio.create_task(_again_and_again(run, kind, seed, over)) for kind in possible]
             await _wait((options.minutes or MINUTES) * 60, run, faults)
-            await _stop(faults)
+            over.set()
+            await _see_through(faults)
             await found.mend()
             await load.stop()
             calm = await run.settled()
@@ -90,13 +94,19 @@ def wanted(kind: Kind, only: list[str] | None) -> bool:
     return only is None or any(text in kind.name for text in only)
 
 
-async def _again_and_again(run: Run, kind: Kind, seed: int) -> None:
+async def _again_and_again(run: Run, kind: Kind, seed: int, over: asyncio.Event) -> None:
     luck = Random(f"{seed} {kind.name}")
-    while True:
-        await asyncio.sleep(luck.expovariate(1 / kind.every))
+    while not await _is_set_within(luck.expovariate(1 / kind.every), over):
         with suppress(ProcessLookupError):  # it ended by itself an instant before
             if struck := await kind.strike(run):
                 run.record.fault(struck)
+
+
+async def _is_set_within(seconds: float, event: asyncio.Event) -> bool:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
 
 
 async def _wait(seconds: float, run: Run, faults: list[asyncio.Task[None]]) -> None:
@@ -109,10 +119,10 @@ async def _wait(seconds: float, run: Run, faults: list[asyncio.Task[None]]) -> N
         say(f"{len(run.record.struck)} faults, {len(run.load.sent)} jobs, {run.record.looks} looks; {left:.0f} s to go")
 
 
-async def _stop(faults: list[asyncio.Task[None]]) -> None:
-    for task in faults:
-        task.cancel()
-    await asyncio.gather(*faults, return_exceptions=True)
+async def _see_through(faults: list[asyncio.Task[None]]) -> None:
+    """Let those under way come to their end: one that is replacing a worker would leave a node without any."""
+    async with asyncio.timeout(THROUGH_SECONDS):
+        await asyncio.gather(*faults)
 
 
 def say(text: str) -> None:
