@@ -5,9 +5,7 @@ variable: no process, no file but its own output). Nobody has to look for it whi
 fetched when the series is over. Its cost is measured in each run (`marker_microseconds`), and most of it lies
 behind the stamp.
 
-There is no long poll yet, so the final state is asked for, every millisecond, which keeps the API and
-PostgreSQL busy. That must not slow the first line down, so jobs go by twos: one that is left in peace gives
-the first line, the next one that is polled gives the final state.
+The final state is waited for by one long poll, which is sent as soon as the job is accepted.
 """
 
 import argparse
@@ -27,8 +25,7 @@ from core.states import FINAL
 
 SCRIPT = '#!/bin/bash\necho "$EPOCHREALTIME"\n'
 WARM_UP = 20
-POLL_SECONDS = 0.001
-PEACE_SECONDS = 0.05
+WAIT_SECONDS = 8.0
 JOB_SECONDS = 10.0
 LONGEST_CLOCK_STEP = 0.0005
 _FINAL = frozenset(state.value for state in FINAL)
@@ -69,22 +66,17 @@ class Client:
     def close(self) -> None:
         self._line.close()
 
-    def run(self, peace_seconds: float) -> _Run:
-        """Post one job, leave it in peace, then poll until it is over."""
+    def run(self) -> _Run:
+        """Post one job, and wait until it is over."""
         posted = time.time()
         got = self._line.ask(self._submission)
         accepted = time.time()
         job_id = _expect(got, 201).document["job_id"]
-        time.sleep(peace_seconds)
-        asked = request("GET", f"/api/v1/jobs/{job_id}", self._port)
-        while True:
-            got = self._line.ask(asked)
-            seen = time.time()
-            if (job := _expect(got, 200).document)["state"] in _FINAL:
-                return _Run(posted, accepted, seen, job)
-            if seen - posted > JOB_SECONDS:
-                raise BenchError(f"job {job_id} is {job['state']} after {JOB_SECONDS:g} s")
-            time.sleep(POLL_SECONDS)
+        got = self._line.ask(request("GET", f"/api/v1/jobs/{job_id}?wait={WAIT_SECONDS:g}s&until=final", self._port))
+        seen = time.time()
+        if (job := _expect(got, 200).document)["state"] not in _FINAL:
+            raise BenchError(f"job {job_id} is {job['state']} after {WAIT_SECONDS:g} s")
+        return _Run(posted, accepted, seen, job)
 
     def sample(self, run: _Run) -> Sample:
         """Add the stamp that the script wrote."""
@@ -113,14 +105,13 @@ def _stamp(output: bytes) -> float:
         raise BenchError(f"the script wrote {output[:100]!r}; EPOCHREALTIME needs bash 5") from None
 
 
-def series(port: int, jobs: int) -> tuple[list[Sample], list[Sample]]:
-    """`jobs` left in peace and `jobs` polled, alternating, after a warm-up."""
+def series(port: int, jobs: int) -> list[Sample]:
+    """`jobs` one after the other, after a warm-up."""
     with closing(Client(port)) as client:
         for _ in range(WARM_UP):
-            client.run(0)
-        runs = [client.run(0 if number % 2 else PEACE_SECONDS) for number in range(2 * jobs)]
-        samples = [client.sample(run) for run in runs]
-    return samples[::2], samples[1::2]
+            client.run()
+        runs = [client.run() for _ in range(jobs)]
+        return [client.sample(run) for run in runs]
 
 
 def milliseconds(samples: Sequence[Sample], start: str, end: str) -> list[float]:
@@ -147,21 +138,20 @@ def main() -> int:
 
     def work() -> object:
         offset = clock_offset()
-        peaceful, polled = series(options.port, options.jobs)
+        samples = series(options.port, options.jobs)
         if abs(step := clock_offset() - offset) > LONGEST_CLOCK_STEP:
             raise BenchError(f"the run is void: the clock was set by {step * 1000:.1f} ms meanwhile")
         return {
-            "first_line_ms": milliseconds(peaceful, "posted", "first_line"),
-            "final_ms": milliseconds(polled, "posted", "seen"),
-            "first_line_while_polled_ms": milliseconds(polled, "posted", "first_line"),
+            "first_line_ms": milliseconds(samples, "posted", "first_line"),
+            "final_ms": milliseconds(samples, "posted", "seen"),
             "steps_ms": {
-                "posted to 201": milliseconds(peaceful, "posted", "accepted"),
-                "posted to stored": milliseconds(peaceful, "posted", "submit_time"),
-                "stored to allocated": milliseconds(peaceful, "submit_time", "allocate_time"),
-                "allocated to started": milliseconds(peaceful, "allocate_time", "start_time"),
-                "started to first line": milliseconds(peaceful, "start_time", "first_line"),
-                "first line to ended": milliseconds(peaceful, "first_line", "end_time"),
-                "ended to seen": milliseconds(polled, "end_time", "seen"),
+                "posted to 201": milliseconds(samples, "posted", "accepted"),
+                "posted to stored": milliseconds(samples, "posted", "submit_time"),
+                "stored to allocated": milliseconds(samples, "submit_time", "allocate_time"),
+                "allocated to started": milliseconds(samples, "allocate_time", "start_time"),
+                "started to first line": milliseconds(samples, "start_time", "first_line"),
+                "first line to ended": milliseconds(samples, "first_line", "end_time"),
+                "ended to seen": milliseconds(samples, "end_time", "seen"),
             },
             "marker_microseconds": marker_microseconds(),
         }

@@ -14,7 +14,6 @@ DEAR_FILE_MICROSECONDS = 100.0
 LATENCIES = (
     ("first_line_ms", "submit -> first line of the script"),
     ("final_ms", "submit -> final state at the client"),
-    ("first_line_while_polled_ms", "(first line, while it is polled)"),
 )
 
 

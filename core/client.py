@@ -16,8 +16,10 @@ from core.documents import JobDocument, JobsDocument, NodeDocument, NodesDocumen
 from core.errors import RowlockError
 from core.states import FINAL
 
-FIRST_POLL_SECONDS = 0.01
-LONGEST_POLL_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 20.0
+"""Of one request; the next one goes on."""
+MOST_WAITS = 500
+"""At a time, on connections of their own: what waits for jobs holds up nothing else."""
 FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 2.0
 RETRY_SECONDS = 20.0
@@ -53,18 +55,25 @@ class Client:
         self.address = address.rstrip("/")
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._connections = connections
+        self._longest_wait = min(LONGEST_WAIT_SECONDS, timeout_seconds / 2)
         self._session: aiohttp.ClientSession | None = None
+        self._waiting: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=self._connections)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
+        self._session = self._new_session(self._connections)
+        self._waiting = self._new_session(MOST_WAITS)
         return self
+
+    def _new_session(self, connections: int) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections), timeout=self._timeout)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._session is not None
+        assert self._waiting is not None
         await self._session.close()
+        await self._waiting.close()
 
     async def submit(self, job: Mapping[str, Any], script: str, *, key: str | None = None) -> JobDocument:
         """Submit under a key, one of its own by default: one job, however often it is sent.
@@ -160,22 +169,29 @@ class Client:
         """The job once it is over; TimeoutError when that takes longer. A server that is away is waited for."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                return await self._poll(job_id)
+                return await self._wait(job_id)
         except TimeoutError:
             raise TimeoutError(f"job {job_id} is not over after {timeout_seconds:g} s") from None
 
-    async def _poll(self, job_id: int) -> JobDocument:
-        pause = FIRST_POLL_SECONDS
+    async def _wait(self, job_id: int) -> JobDocument:
+        pause, query = FIRST_RETRY_SECONDS, {"wait": f"{self._longest_wait:g}s", "until": "final"}
+        at_once = min(FIRST_RETRY_SECONDS, self._longest_wait / 2)
+        loop = asyncio.get_running_loop()
         while True:
+            asked = loop.time()
             try:
-                job = await self.job(job_id)
+                job = cast(JobDocument, await self._json("GET", f"/api/v1/jobs/{job_id}", query=query))
                 if job["state"] in _FINAL:
                     return job
+                if loop.time() - asked > at_once:
+                    pause = FIRST_RETRY_SECONDS
+                    continue
             except ClientError as error:
                 if not error.may_pass:
                     raise
+            # It stops, or is away.
             await asyncio.sleep(pause)
-            pause = min(pause * 1.5, LONGEST_POLL_SECONDS)
+            pause = min(pause * 2, LONGEST_RETRY_SECONDS)
 
     async def _json(
         self,
@@ -208,16 +224,15 @@ class Client:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        assert self._session is not None, "use the client as a context"
         # From a file, as it were: aiohttp warns of large bodies that are bytes.
         sent = None if body is None else BytesIO(json.dumps(body).encode())
         given = dict(headers or {})
         if body is not None:
             given["Content-Type"] = "application/json"
+        session = self._waiting if "wait" in (query or {}) else self._session
+        assert session is not None, "use the client as a context"
         try:
-            async with self._session.request(
-                method, self.address + path, params=query, data=sent, headers=given
-            ) as answer:
+            async with session.request(method, self.address + path, params=query, data=sent, headers=given) as answer:
                 if answer.status >= 400:
                     raise ClientError(answer.status, await _problem(answer))
                 yield answer

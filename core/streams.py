@@ -41,6 +41,11 @@ def stream_of(node: str) -> str:
     return f"rowlock:node:{node}"
 
 
+def moved_channel(client: redis.Redis) -> str:
+    """The channel on which is said what jobs have come to (core/moves.py). Redis has one name for all its databases."""
+    return f"rowlock:moved:{client.connection_pool.connection_kwargs.get('db', 0)}"
+
+
 def connect(settings: Settings) -> redis.Redis:
     """A client that tries each command once: a retry is the caller's decision.
 
@@ -93,6 +98,8 @@ class Reader:
         self._node = node
         self._replay = True
         self._done: list[bytes] = []
+        self.somebody_listens = False
+        """To what jobs have come to, as of the last read."""
 
     async def read(self, limit: int) -> list[Message]:
         """The next messages, at most `limit`; empty after BLOCK_MS without one. First, what is done is taken away.
@@ -100,6 +107,7 @@ class Reader:
         Entries that are no message are dropped.
         """
         if self._replay:
+            self.somebody_listens = False
             await ensure_group(self._client, self._node)
         start = "0" if self._replay else ">"
         replaying, self._replay = self._replay, True
@@ -110,10 +118,15 @@ class Reader:
             pipeline.xdel(self._stream, *done)
         block = None if replaying else BLOCK_MS
         pipeline.xreadgroup(GROUP, self._node, {self._stream: start}, count=limit, block=block)
+        pipeline.pubsub_numsub(moved_channel(self._client))  # a read that ends anyway is a good time to ask
         async with asyncio.timeout(ANSWER_SECONDS):
-            *_, answer = await pipeline.execute()
+            *answers, listeners = await pipeline.execute(raise_on_error=False)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        self.somebody_listens = _count(listeners) > 0
         crash.here("worker.acknowledged")
-        entries = [entry for _, entries in _pairs(answer) for entry in entries]
+        entries = [entry for _, entries in _pairs(answers[-1]) for entry in entries]
         self._replay = replaying and bool(entries)
         messages = [(entry_id, _parse(entry_id, fields)) for entry_id, fields in entries]
         self.done([entry_id for entry_id, message in messages if message is None])
@@ -129,6 +142,15 @@ class Reader:
         One that is not taken away, whatever happens until then, is read once more and finds itself old.
         """
         self._done += entry_ids
+
+
+def _count(answer: Any) -> int:
+    """What PUBSUB NUMSUB says of one channel; 0 where it is refused, or something else answers."""
+    try:
+        [(_, count)] = answer
+        return int(count)
+    except (TypeError, ValueError):
+        return 0
 
 
 def _pairs(answer: object) -> Iterable[tuple[bytes, list[tuple[bytes, dict[bytes, bytes] | None]]]]:

@@ -96,10 +96,10 @@ class System:
             "worker", f"worker-{node}", NODE_NAME=node, TOTAL_CPUS=cpus, DATA_DIR=str(folder / "data"), **env
         )
 
-    def start_api(self, name: str = "api") -> str:
+    def start_api(self, name: str = "api", **env: str | int) -> str:
         """Start an API on a port of its own; its address."""
         port = free_port()
-        self.start("api", name, API_PORT=port)
+        self.start("api", name, API_PORT=port, **env)
         return f"http://127.0.0.1:{port}"
 
     async def healthy(self, client: Client) -> None:

@@ -9,12 +9,14 @@ import asyncpg
 import pytest
 import redis.asyncio as redis
 from pydantic import SecretStr
-from redis.exceptions import RedisError
+from redis.asyncio.client import Pipeline
+from redis.exceptions import RedisError, ResponseError
 from structlog.testing import capture_logs
 
 from core import duty, streams
 from core.db import jobs
 from core.db.connection import Pool, notify
+from core.moves import Ear
 from core.records import Attempt, Dispatch
 from core.settings import Settings
 from core.states import State
@@ -403,6 +405,32 @@ async def test_a_worker_that_comes_back_reads_what_the_last_one_left(redis_clien
     first = await tell(redis_client, 1)
     assert told(await read(reader)) == first
     assert told(await read(Reader(redis_client, "n1"))) == first
+
+
+async def test_a_reader_learns_whether_anybody_listens(redis_client: redis.Redis, reader: Reader) -> None:
+    ear, heard = Ear(redis_client), []
+    for listens in (False, True, False):
+        if listens:
+            assert await ear.hear() is None
+        else:
+            await ear.close()
+        await read(reader)
+        heard.append(reader.somebody_listens)
+    assert heard == [False, True, False]
+
+
+@pytest.mark.parametrize("answer", [ResponseError("NOPERM"), [], None, [b"x"], [(b"x", b"y")], 7])
+async def test_a_redis_that_does_not_say_who_listens_is_read_all_the_same(
+    redis_client: redis.Redis, reader: Reader, monkeypatch: pytest.MonkeyPatch, answer: object
+) -> None:
+    first, execute = await tell(redis_client, 1), Pipeline.execute
+
+    async def otherwise(*arguments: Any, **options: Any) -> list[Any]:
+        return [*(await execute(*arguments, **options))[:-1], answer]
+
+    monkeypatch.setattr(Pipeline, "execute", otherwise)
+    assert told(await read(reader)) == first
+    assert not reader.somebody_listens
 
 
 NO_MESSAGES: list[dict[Any, Any]] = [

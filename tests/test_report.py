@@ -8,14 +8,17 @@ from typing import Any
 
 import asyncpg
 import pytest
+import redis.asyncio as redis
 import structlog
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
+from core import streams
 from core.db import allocations, jobs, outputs
 from core.db.allocations import TurnOver
 from core.db.connection import PLANNED_ONCE, WAKE_CHANNEL, Line
-from core.records import Attempt, JobSpec
+from core.moves import Ear
+from core.records import Attempt, Dispatch, JobSpec
 from core.settings import Settings
 from core.states import State
 from services.worker import claim, files, process, serve, supervise
@@ -47,6 +50,13 @@ class Begun:
     @property
     def job_ids(self) -> list[int]:
         return sorted(run.spec.job_id for run in self.runs)
+
+
+@pytest.fixture
+async def ear(redis_client: redis.Redis) -> AsyncIterator[Ear]:
+    found = Ear(redis_client)
+    yield found
+    await found.close()
 
 
 @pytest.fixture
@@ -149,6 +159,40 @@ async def test_an_answer_that_is_lost_costs_nothing(
             await claim.look_once(node, begun)
     assert [(run.attempt, run.fenced) for run in begun.runs] == [(Attempt(job_id, 1), False)]
     assert await write_endings(node, [an_ending(Attempt(job_id, 1))], nothing) == [True]
+
+
+async def test_a_start_is_told_to_who_listens(
+    node: Node, connection: asyncpg.Connection, begun: Begun, redis_client: redis.Redis, ear: Ear
+) -> None:
+    [job_id] = await submit(connection)
+    [attempt] = await allocate(connection)
+    await streams.publish(redis_client, "run", [Dispatch(job_id, attempt.attempt, node.name)])
+    reader = streams.Reader(redis_client, node.name)
+    node.moves.wanted = lambda: reader.somebody_listens
+    async with asyncio.timeout(LONG):
+        assert await ear.hear() is None
+        for _ in range(2):  # first what an earlier worker left, then what is new
+            await claim.consume_once(node, reader, begun)
+        await node.moves.tell_once(redis_client)
+        assert await ear.hear() == [(job_id, State.RUNNING)]
+    assert begun.job_ids == [job_id]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+async def test_starts_and_ends_are_told_to_who_wants_to_know(
+    node: Node, connection: asyncpg.Connection, begun: Begun, redis_client: redis.Redis, ear: Ear, *, wanted: bool
+) -> None:
+    over, refused = await an_end(node, connection), Attempt(999_999, 1)
+    [taken] = await submit(connection, a_job(cpus=4))
+    node.moves.wanted = lambda: wanted
+    async with asyncio.timeout(LONG):
+        assert await ear.hear() is None
+        assert await write_endings(node, [an_ending(over.attempt), an_ending(refused)], begun) == [True, False]
+        await node.moves.tell_once(redis_client)
+        await redis_client.publish(streams.moved_channel(redis_client), "7=FAILED")
+        if wanted:
+            assert sorted(await ear.hear() or []) == [(over.spec.job_id, State.COMPLETED), (taken, State.RUNNING)]
+        assert await ear.hear() == [(7, State.FAILED)]
 
 
 @pytest.mark.parametrize("change", [{"draining": True}, {"trouble": "a full disk"}])

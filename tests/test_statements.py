@@ -191,6 +191,8 @@ HOT: dict[str, Use] = {
     "stored_by": lambda c, n: jobs.stored_by(c, 0, n),
     "by_keys": lambda c, n: jobs.by_keys(c, [a_job(key="1")] * n),
     "get": lambda c, n: jobs.get(c, WAITING[n]),
+    "get_all": lambda c, n: jobs.get_all(c, WAITING[:n]),
+    "states": lambda c, n: jobs.states(c, WAITING[:n]),
     "of_list": lambda c, n: jobs.of_list(c, WAITING[n], n),
     "cancel_waiting": lambda c, n: jobs.cancel_waiting(c, WAITING[n]),
     "request_cancel": lambda c, n: jobs.request_cancel(c, Attempt(WAITING[n], 1)),

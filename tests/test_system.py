@@ -19,7 +19,7 @@ from core.db.audit import audit
 from core.settings import Settings
 from tests.builders import settings_for
 from tests.conftest import Databases
-from tests.system import LEDGER_SCRIPT, System, alive_with, beside, most_held, read_ledger, running, until
+from tests.system import LEDGER_SCRIPT, System, alive_with, beside, most_held, read_ledger, running, text_of, until
 
 pytestmark = pytest.mark.anyio
 
@@ -75,6 +75,18 @@ async def test_the_guides_job(system: System) -> None:
     assert (story[1]["state"], story[1]["exit_code"]) == ("COMPLETED", 0)
     assert [e["event"] for e in events(logs / "api.log", job["job_id"])] == ["job_submitted"]
     assert not list((system.folder / "n1/data/scripts").glob("job-*"))
+
+
+async def test_who_waits_is_told(system: System, tmp_path: Path) -> None:
+    """By the worker: the poll of this API comes too late, and so does the end of the request's time."""
+    async with beside(system, tmp_path, {"told": 4}) as own, Client(own.start_api("api-2", POLL_SECONDS=300)) as api:
+        await own.healthy(api)
+        # The second one ends when workers know for certain that somebody listens.
+        scripts = [f"#!/bin/sh\nsleep {seconds}\n" for seconds in (0.1, 3)]
+        job_ids = [(await api.submit({"account": "test", "partition": own.partition}, s))["job_id"] for s in scripts]
+        async with asyncio.timeout(40):
+            asked = [text_of(f"{api.address}/api/v1/jobs/{job_id}?wait=60s") for job_id in job_ids]
+            assert [json.loads(text)["state"] for text in await asyncio.gather(*asked)] == ["COMPLETED"] * 2
 
 
 async def test_mixed_jobs_never_hold_more_than_there_is(system: System, tmp_path: Path) -> None:

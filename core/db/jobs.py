@@ -176,6 +176,28 @@ async def get(connection: Connection, job_id: int) -> Job | None:
     return None if row is None else _job(row)
 
 
+_GET_ALL = """
+SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user,
+       j.state = 'RUNNING' AND NOT EXISTS (SELECT FROM node_leases l WHERE l.node = j.node
+                                           AND l.lease_until > clock_timestamp()) AS node_unreachable
+FROM jobs j JOIN job_specs s USING (job_id) LEFT JOIN nodes n ON n.name = j.node
+WHERE j.job_id = ANY ($1::bigint[])
+"""
+
+
+async def get_all(connection: Connection, job_ids: Sequence[int]) -> list[Job]:
+    """Those of the jobs that there are, in no order."""
+    return [_job(row) for row in await connection.fetch(_GET_ALL, job_ids)]
+
+
+_STATES = "SELECT job_id, state FROM jobs WHERE job_id = ANY ($1::bigint[])"
+
+
+async def states(connection: Connection, job_ids: Sequence[int]) -> dict[int, State]:
+    """The states of those of the jobs that there are."""
+    return {job_id: State(state) for job_id, state in await connection.fetch(_STATES, job_ids)}
+
+
 _SCRIPT = "SELECT script FROM job_specs WHERE job_id = $1"
 
 

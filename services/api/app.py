@@ -18,6 +18,7 @@ from core import streams
 from core.db.connection import notify
 from core.duty import repeat
 from core.errors import Unavailable
+from core.moves import Moves
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
 from services.api import cancel, health, jobs, lists, logs, nodes
@@ -27,6 +28,7 @@ from services.api.models import Site
 from services.api.problems import answer_problems
 from services.api.state import STATE, State
 from services.api.submit import Submitter
+from services.api.watch import NEVER, Watch
 
 Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -48,8 +50,6 @@ ROUTES: tuple[tuple[str, str, Handle], ...] = (
     ("DELETE", NODE, nodes.delete_node),
 )
 
-NOTIFY_POLL_SECONDS = 3600
-
 HEADERS = {"Server": "rowlock", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 """Of every answer."""
 
@@ -57,7 +57,7 @@ HEADERS = {"Server": "rowlock", "X-Content-Type-Options": "nosniff", "Cache-Cont
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[web.Application]:
     """The application with its duties at work; they end with the block, and what they opened is closed."""
-    database, wake = Database(settings), Wakeup()
+    database, redis, wake = Database(settings), streams.connect(settings), Wakeup()
     # No limit: a pool of connections that slow readers of logs hold would shut out everybody else.
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False, trust_env=False) as workers:
@@ -65,8 +65,10 @@ async def running(settings: Settings) -> AsyncIterator[web.Application]:
             site=site_of(settings),
             database=database,
             submitter=Submitter(database, wake),
-            redis=streams.connect(settings),
+            redis=redis,
             workers=workers,
+            watch=Watch(database, redis, settings.poll_seconds),
+            moves=Moves(wanted=lambda: True),
             wake=wake,
             large=asyncio.Semaphore(lists.LARGE_LISTS),
         )
@@ -95,7 +97,10 @@ def _duties(settings: Settings, state: State) -> list[Coroutine[Any, Any, None]]
         state.database.keep_open(),
         state.submitter.run(),
         # One NOTIFY in flight at most: what is set meanwhile is one more, afterwards.
-        repeat("notify", notify_once, state.wake, NOTIFY_POLL_SECONDS),
+        repeat("notify", notify_once, state.wake, NEVER),
+        state.watch.run(),
+        repeat("listen", state.watch.listen_once, state.watch.listen, NEVER),
+        repeat("tell", lambda: state.moves.tell_once(state.redis), state.moves.wake, NEVER),
         streams.name_when_away(state.redis, without_secrets(settings.redis_dsn)),
     ]
 
@@ -122,6 +127,11 @@ def application(settings: Settings, state: State) -> web.Application:
         for verb in ("GET", "HEAD") if method == "GET" else (method,):
             app.router.add_route(verb, path, handler, expect_handler=_expect)
     app.on_response_prepare.append(_add_headers)
+
+    async def end_waiting(_: web.Application) -> None:
+        state.watch.close()
+
+    app.on_shutdown.append(end_waiting)
     return app
 
 

@@ -32,7 +32,9 @@ async def cancel_job(request: web.Request) -> web.Response:
     api, job_id = state.of(request), job_id_of(request)
     job = await _cancel(api, job_id)
     crash.here("api.cancelled")
-    if job.state is State.RUNNING:
+    if job.state in FINAL:
+        api.moves.add(job.job_id, job.state)
+    else:
         await hint(api, Dispatch(job.job_id, job.attempt, job.node or ""))
     return rendering.answer(rendering.job_document(job), 200 if job.state in FINAL else 202)
 

@@ -47,6 +47,7 @@ class Database:
         self._store = Line(settings, "api", **PLANNED_ONCE)
         self._bell = Line(settings, "api")
         self._lists = Line(settings, "api", **PLANNED_ONCE)
+        self._watch = Line(settings, "api", **PLANNED_ONCE)
         self._fits = False
         self._doubt = Wakeup()
 
@@ -77,6 +78,10 @@ class Database:
     def lists(self) -> AbstractAsyncContextManager[Connection]:
         """The one that lists of submissions are stored on."""
         return self._acquired(self._lists)
+
+    def watch(self) -> AbstractAsyncContextManager[Connection]:
+        """The one on which long polls look at jobs."""
+        return self._acquired(self._watch)
 
     def bell(self) -> AbstractAsyncContextManager[Connection]:
         """The one that notifications are sent on."""
@@ -135,7 +140,7 @@ class Database:
             alone.terminate()
 
     def _close_lines(self) -> None:
-        for line in (self._store, self._bell, self._lists):
+        for line in (self._store, self._bell, self._lists, self._watch):
             line.close()
 
     async def close(self) -> None:

@@ -121,6 +121,11 @@ async def _read(request: web.Request, most: int) -> bytes:
     return bytes(body)
 
 
+def is_there(request: web.Request) -> bool:
+    """Whether the client has not gone, as far as is known."""
+    return request.transport is not None and not request.transport.is_closing()
+
+
 def _invite(request: web.Request) -> None:
     """Tell a client that waits for it that it may send its body."""
     if "Expect" in request.headers and request.version >= HttpVersion11 and request.transport is not None:

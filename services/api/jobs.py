@@ -72,11 +72,15 @@ async def _post_one(api: state.State, document: object, key: str | None) -> web.
 
 
 async def get_job(request: web.Request) -> web.Response:
-    """``GET /jobs/{job_id}``."""
+    """``GET /jobs/{job_id}``: at once, or with ``wait`` once the job is in a state, or the time is over."""
     api, job_id = state.of(request), job_id_of(request)
-    async with api.database.connection() as connection:
-        job = found(await jobs.get(connection, job_id), job_id)
-    return rendering.answer(rendering.job_document(job))
+    patience = listing.read_patience(request.query)
+    if patience.seconds:
+        job = await api.watch.job(job_id, patience.until, patience.seconds, lambda: guard.is_there(request))
+    else:
+        async with api.database.connection() as connection:
+            job = await jobs.get(connection, job_id)
+    return rendering.answer(rendering.job_document(found(job, job_id)))
 
 
 async def get_script(request: web.Request) -> web.Response:

@@ -13,17 +13,21 @@ from multidict import MultiMapping
 
 from core.db.jobs import Filter
 from core.records import Job
-from core.states import State
+from core.states import FINAL, State
 from services.api.problems import Fault, unprocessable
 
 DEFAULT_LIMIT = 50
 MAX_LIMIT = 200
+MAX_WAIT_SECONDS = 60
 PARAMETERS = frozenset(
     {"order", "state", "account", "name", "node", "submitted_after", "submitted_before", "limit", "cursor"}
 )
 
 # A plus sign in a query is a blank to its reader: take that back for a time's offset.
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d{1,9})?)([Zz]|[-+ ]\d\d:\d\d)", re.ASCII)
+
+
+_DURATION = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(s|ms)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,17 @@ class _Reader:
             self.fault(name, f"should be a number from {least} to {most}")
             return None
         return int(value)
+
+    def duration(self, name: str, most: int) -> float | None:
+        value = self._query.get(name)
+        if value is None:
+            return None
+        found = _DURATION.fullmatch(value)
+        seconds = float(found[1]) / (1000 if found[2] == "ms" else 1) if found else most + 1
+        if seconds > most:
+            self.fault(name, f"should be a time of at most {most} seconds, such as 10s or 500ms")
+            return None
+        return seconds
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         value = self._query.get(name, choices[0])
@@ -149,6 +164,29 @@ def _after(reader: _Reader, cursor: str | None, listing: Listing) -> int | None:
         reader.fault("cursor", "belongs to another query: keep order and filters from page to page")
         return None
     return job_id
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """For how long ``GET /jobs/{job_id}`` waits, and for what."""
+
+    seconds: float
+    until: frozenset[State]
+
+
+_UNTIL = {"final": FINAL, "running": FINAL | {State.RUNNING}}
+
+
+def read_patience(query: MultiMapping[str]) -> Patience:
+    """What a query wants to wait for, or Problem 422; without ``wait``, nothing."""
+    reader = _Reader(query)
+    reader.check_names(frozenset({"wait", "until"}))
+    patience = Patience(reader.duration("wait", MAX_WAIT_SECONDS) or 0, _UNTIL[reader.choice("until", tuple(_UNTIL))])
+    if "until" in query and "wait" not in query:
+        reader.fault("until", "needs wait, such as wait=10s")
+    if reader.faults:
+        raise unprocessable(reader.faults)
+    return patience
 
 
 @dataclass(frozen=True, slots=True)

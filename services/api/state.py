@@ -7,10 +7,12 @@ import aiohttp
 from aiohttp import web
 from redis.asyncio import Redis
 
+from core.moves import Moves
 from core.wakeup import Wakeup
 from services.api.database import Database
 from services.api.models import Site
 from services.api.submit import Submitter
+from services.api.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class State:
     submitter: Submitter
     redis: Redis
     workers: aiohttp.ClientSession
+    watch: Watch
+    moves: Moves
     wake: Wakeup
     """Set after a commit that the scheduler should hear of."""
     large: asyncio.Semaphore

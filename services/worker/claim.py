@@ -46,6 +46,7 @@ async def start(node: Node, attempts: Sequence[Attempt], begin: Begin) -> None:
                 raise
         crash.here("worker.started")
         for spec in specs:
+            node.moves.add(spec.job_id, State.RUNNING)
             begin(Run(spec))
 
 

@@ -26,6 +26,7 @@ from core.db.connection import (
     open_pool,
 )
 from core.errors import NodeNameTaken, SettingsError
+from core.moves import Moves
 from core.records import Attempt, JobSpec, NodeSpec
 from core.settings import Settings
 from core.wakeup import Wakeup
@@ -137,6 +138,8 @@ class Node:
     """The folders under which jobs may work and write."""
     kept_since: int
     """The first incarnation of those in a row whose scripts this worker's keeper has seen end, if they did."""
+    moves: Moves = field(default_factory=lambda: Moves(wanted=lambda: False))
+    """What is told of its jobs to whoever waits for them."""
     runs: dict[Attempt, Run] = field(default_factory=dict)
     # A start and a look at the tables never overlap: a look taken before a start's commit knows nothing of it.
     claiming: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -47,11 +47,15 @@ async def write_endings(node: Node, endings: Sequence[Ending], begin: Begin) -> 
                 structlog.get_logger().warning("report_waits", jobs=len(endings), error=describe(error))
                 said = True
         await pause(RETRY_SECONDS)
+    written = [Attempt(ending.job_id, ending.attempt) in ended for ending in endings]
+    for ending, is_written in zip(endings, written, strict=True):
+        if is_written:
+            node.moves.add(ending.job_id, ending.state)
     if turned.free_cpus != 0:
         with suppress(*CONNECTION_ERRORS):  # a hint that is lost costs a poll of the scheduler's
             async with node.reports.acquire() as connection:
                 await notify(connection)
-    return [Attempt(ending.job_id, ending.attempt) in ended for ending in endings]
+    return written
 
 
 async def _turn_over(node: Node, endings: Sequence[Ending], begin: Begin) -> allocations.TurnOver:
@@ -67,6 +71,7 @@ async def _turn_over(node: Node, endings: Sequence[Ending], begin: Begin) -> all
             structlog.get_logger().info(
                 "job_allocated", job_id=spec.job_id, attempt=spec.attempt, node=node.name, cpus=spec.cpus
             )
+            node.moves.add(spec.job_id, State.RUNNING)
             begin(Run(spec))
     return turned
 

@@ -66,6 +66,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
         client = streams.connect(settings)
         stack.push_async_callback(client.aclose)
         reader = streams.Reader(client, node.name)
+        node.moves.wanted = lambda: reader.somebody_listens
 
         supervisions: set[asyncio.Task[None]] = set()
 
@@ -83,6 +84,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
         lasting = [
             repeat("silence", lambda: health.end_after_silence_once(node), Wakeup(), SILENCE_LOOK_SECONDS),
             repeat("tidy", _tidy_once, Wakeup(), TIDY_SECONDS),
+            repeat("tell", lambda: node.moves.tell_once(client), node.moves.wake, TIDY_SECONDS),
             reports.run(),
             measures.run(),
         ]
