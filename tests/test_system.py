@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -75,6 +76,12 @@ async def test_the_guides_job(system: System) -> None:
     assert (story[1]["state"], story[1]["exit_code"]) == ("COMPLETED", 0)
     assert [e["event"] for e in events(logs / "api.log", job["job_id"])] == ["job_submitted"]
     assert not list((system.folder / "n1/data/scripts").glob("job-*"))
+
+
+async def test_an_api_takes_as_many_connections_as_it_may(system: System) -> None:
+    [api] = [child for child in system.children if child.name == "api"]
+    soft, hard = resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard
 
 
 async def test_who_waits_is_told(system: System, tmp_path: Path) -> None:

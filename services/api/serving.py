@@ -1,6 +1,7 @@
 """Listening: the address, malformed requests, and an end that lets what is in flight finish."""
 
 import asyncio
+import resource
 
 import structlog
 from aiohttp import web
@@ -23,6 +24,7 @@ class ListenError(RowlockError):
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Answer requests until told to stop; the listener does not wait for PostgreSQL."""
     await check_address(settings)
+    _allow_connections()
     async with running(settings) as application:
         runner = Runner(
             application,
@@ -37,6 +39,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await stop.wait()
         finally:
             await runner.cleanup()  # stops accepting, then waits for what is in flight
+
+
+def _allow_connections() -> None:
+    """Whoever waits for a job holds a connection: as many as the operator allows, not as the default does."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def listen(runner: web.AppRunner, settings: Settings) -> None:
