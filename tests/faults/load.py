@@ -22,8 +22,8 @@ RETRY_SECONDS = 0.2
 SETTLE_SECONDS = 60.0
 """What a client is given to see its last job to its end."""
 POLL_SECONDS = (0.05, 0.8)
-CANCELLED, READ = 0.12, 0.15
-"""Of how many jobs a cancel is asked for, and the output read."""
+CANCELLED, READ, LONG = 0.12, 0.15, 0.5
+"""Of how many jobs a cancel is asked for, the output read, and the end waited for by long polls."""
 
 _FINAL = frozenset(state.value for state in FINAL)
 
@@ -41,7 +41,7 @@ class Load:
     make: Callable[[str, Random], Wanted] = any_of
     sent: list[Sent] = field(default_factory=list)
     in_flight: Counter[str] = field(default_factory=Counter)
-    """Requests that wait for an answer, by API."""
+    """Requests that an API works on."""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set with every request that writes, as it goes out; to be cleared by whoever waits for one."""
     named: int = 0
@@ -106,9 +106,9 @@ class Load:
     async def over(self, sent: Sent) -> int:
         """Wait for its end, and note it; answer how many attempts it has had."""
         [job_id] = sent.job_ids
-        pause = POLL_SECONDS[0]
+        pause, waits = POLL_SECONDS[0], "?wait=5s" if self.luck.random() < LONG else ""
         while True:
-            status, job = await self.ask("GET", f"{JOBS}/{job_id}")
+            status, job = await self.ask("GET", f"{JOBS}/{job_id}{waits}")
             if status == 200 and job["state"] in _FINAL:
                 sent.ends.append((job["state"], job["exit_code"], job["signal"]))
                 return int(job["attempt"])
@@ -140,7 +140,8 @@ class Load:
     ) -> Answer:
         """Ask one of the APIs."""
         role = self.luck.choice(self.cluster.of("api"))
-        self.in_flight[role.name] += 1
+        works = "?wait=" not in path
+        self.in_flight[role.name] += works
         if method != "GET":
             self.asked.set()
         try:
@@ -151,7 +152,7 @@ class Load:
         except (aiohttp.ClientError, OSError):
             return 0, None
         finally:
-            self.in_flight[role.name] -= 1
+            self.in_flight[role.name] -= works
 
 
 @asynccontextmanager
