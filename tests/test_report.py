@@ -161,6 +161,24 @@ async def test_an_answer_that_is_lost_costs_nothing(
     assert await write_endings(node, [an_ending(Attempt(job_id, 1))], nothing) == [True]
 
 
+@pytest.mark.parametrize("change", [{"draining": True}, {"heard": 0.0}])
+async def test_nothing_is_started_by_a_worker_that_stops_or_is_silent(
+    node: Node, connection: asyncpg.Connection, begun: Begun, change: dict[str, Any]
+) -> None:
+    """Of what it has been given; once it hears PostgreSQL again it does."""
+    [job_id] = await submit(connection)
+    [attempt] = await allocate(connection)
+    before = {name: getattr(node, name) for name in change}
+    for name, value in change.items():
+        setattr(node, name, value)
+    await claim.start(node, [attempt], nothing)
+    assert await state_of(connection, job_id) is State.CONFIGURING
+    for name, value in before.items():
+        setattr(node, name, value)
+    await claim.start(node, [attempt], begun)
+    assert begun.job_ids == [job_id]
+
+
 async def test_a_start_is_told_to_who_listens(
     node: Node, connection: asyncpg.Connection, begun: Begun, redis_client: redis.Redis, ear: Ear
 ) -> None:
@@ -195,7 +213,7 @@ async def test_starts_and_ends_are_told_to_who_wants_to_know(
         assert await ear.hear() == [(7, State.FAILED)]
 
 
-@pytest.mark.parametrize("change", [{"draining": True}, {"trouble": "a full disk"}])
+@pytest.mark.parametrize("change", [{"draining": True}, {"trouble": "a full disk"}, {"heard": 0.0}])
 async def test_nothing_is_taken_by_a_worker_that_starts_nothing(
     node: Node, connection: asyncpg.Connection, change: dict[str, Any]
 ) -> None:

@@ -35,7 +35,7 @@ async def consume_once(node: Node, reader: Reader, begin: Begin) -> int:
 
 async def start(node: Node, attempts: Sequence[Attempt], begin: Begin) -> None:
     """Move attempts to RUNNING and launch those that moved; stale, repeated and forged ones do not."""
-    if not attempts or node.draining:
+    if not attempts or node.draining or node.is_silent:
         return
     async with node.claiming:
         async with node.claims.acquire() as connection:

@@ -166,6 +166,15 @@ class Node:
         """What the processes of an attempt bear."""
         return proc.tag_of(attempt.job_id, attempt.attempt, self.host.spool_id)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether PostgreSQL has answered no heartbeat for as long as a lease lasts: then nothing starts here.
+
+        What did would be ended at once where it may be requeued (health.py), though the lease itself may have been
+        prolonged by a heartbeat whose answer was lost.
+        """
+        return proc.now() - self.heard > self.settings.lease_seconds
+
     def hear(self, asked: float) -> None:
         """PostgreSQL has answered a heartbeat that was sent at `asked`: from then on silence counts anew."""
         self.heard = asked

@@ -80,7 +80,7 @@ async def _write(connection: Connection, node: Node, endings: Sequence[Ending]) 
     """What goes back to the queue, with all that is reported beside it, does not come back in the same moment."""
     name, incarnation = node.name, node.incarnation
     if all(ending.state in FINAL for ending in endings):
-        take = node.recovered and not node.draining and node.trouble is None
+        take = node.recovered and not node.draining and node.trouble is None and not node.is_silent
         try:
             return await allocations.turn_over(connection, endings, node=name, incarnation=incarnation, take=take)
         except asyncpg.IntegrityConstraintViolationError as error:
