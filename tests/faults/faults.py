@@ -167,7 +167,7 @@ async def kill_keeper(run: Run) -> Struck | None:
     role = _a_worker(run)
     met = await _on_node(run, role)
     keepers = run.cluster.keeper_pids(role)
-    if not keepers:
+    if not keepers or _is_armed(role):
         return None
     role.struck = True
     began = now()
@@ -212,10 +212,15 @@ async def kill_keeper_and_worker(run: Run) -> Struck | None:
     return Struck("keeper and worker killed (-9)", role.name, met) if kill_both(run, role) else None
 
 
+def _is_armed(role: Role) -> bool:
+    """Whether its workers end themselves at a point: without a keeper that would lose jobs, nobody knows when."""
+    return "ROWLOCK_CRASH" in role.environment
+
+
 def kill_both(run: Run, role: Role) -> bool:
     """Kill a worker and its keeper, which are started again; False while one of them is not there."""
     keepers, worker = run.cluster.keeper_pids(role), run.cluster.worker_pid(role)
-    if not keepers or worker is None:
+    if not keepers or worker is None or _is_armed(role):
         return False
     role.struck = True
     began = now()
