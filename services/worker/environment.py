@@ -1,10 +1,14 @@
 """What a job's script finds in its environment: built from nothing, so it holds no secret of the worker's."""
 
-from dataclasses import dataclass
-from typing import Final
+from __future__ import annotations
 
-from core.records import JobSpec
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
 from services.worker.proc import tag_of
+
+if TYPE_CHECKING:  # the keeper, which imports this, needs the standard library alone
+    from core.records import JobSpec
 
 MARK: Final = "ROWLOCK_JOB"
 """The variable by which the processes of a job are known; its value is `mark()`."""
