@@ -145,6 +145,7 @@ async def test_who_reports(lost: Deaf, pool: Pool, monkeypatch: pytest.MonkeyPat
         recovered=True,
         trouble=None,
         draining=False,
+        is_silent=False,
         claiming=asyncio.Lock(),
         look=Wakeup(),
     )
