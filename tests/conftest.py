@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -26,7 +26,7 @@ from core.db.connection import Pool, open_pool
 from core.settings import Settings, usable_cpus
 from services.standalone.embedded import EmbeddedPostgres, EmbeddedRedis
 from services.worker.node import Node
-from tests.builders import settings_for
+from tests.builders import LONG, settings_for
 from tests.workers import joined
 
 _numbers = itertools.count(1)
@@ -112,6 +112,29 @@ def redis_url(server_dir: Path) -> Iterator[str]:
     asyncio.run(server.stop())
 
 
+# What the catalogs say of what stands in it: any change of that has a transaction of its own.
+_SHAPE = """
+SELECT concat_ws(' ', (SELECT max(xmin::text::bigint) FROM pg_attribute), (SELECT count(*) FROM pg_attribute),
+    (SELECT max(xmin::text::bigint) FROM pg_constraint), (SELECT count(*) FROM pg_constraint),
+    (SELECT max(xmin::text::bigint) FROM pg_type), (SELECT count(*) FROM pg_type),
+    (SELECT max(xmin::text::bigint) FROM pg_proc), (SELECT max(xmin::text::bigint) FROM pg_trigger),
+    (SELECT max(xmin::text::bigint) FROM pg_sequence), (SELECT max(xmin::text::bigint) FROM pg_namespace),
+    (SELECT string_agg(concat(relname, relacl, reloptions), ' ' ORDER BY oid) FROM pg_class WHERE oid >= 16384),
+    (SELECT string_agg(rowlock_schema::text, ' ') FROM rowlock_schema),
+    (SELECT count(*) FROM pg_db_role_setting))
+"""
+
+_TABLES = """
+SELECT string_agg(relname, ', ') FROM pg_class
+WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace AND relname <> 'rowlock_schema'
+"""
+
+_END_OTHERS = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Databases:
     """Makes databases from a template that holds the schema."""
@@ -120,6 +143,10 @@ class Databases:
     template: str
     strategy: str
     """How the server copies. As files is three times as fast, where it need not wait for a disk to have them."""
+    emptied: list[str] = field(default_factory=list)
+    """Those that a test has left as it had found them: to empty one takes a fifth of making and dropping it."""
+    shape: list[str] = field(default_factory=list)
+    """What tells whether a database is still what the template is, and the statement that empties it."""
 
     def url_of(self, name: str) -> str:
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
@@ -143,23 +170,44 @@ class Databases:
     @asynccontextmanager
     async def one(self) -> AsyncIterator[str]:
         """The address of a database with the schema in it; whatever was done, at the end no invariant is broken."""
-        name = await self.create()
+        name = self.emptied.pop() if self.emptied else await self.create()
         url = self.url_of(name)
+        kept = False
         try:
             yield url
             connection = await asyncpg.connect(url)
             try:
                 assert await audit(connection) == []
+                kept = await self._empty(connection)
             finally:
                 await connection.close()
         finally:
-            await self.drop(name)
+            if kept:
+                self.emptied.append(name)
+            else:
+                await self.drop(name)
+
+    async def _empty(self, connection: asyncpg.Connection) -> bool:
+        """Leave nothing in a database, and nobody; False when it is not what the template is any more."""
+        async with asyncio.timeout(LONG):
+            while await connection.fetchval(_END_OTHERS):  # noqa: ASYNC110 - they end by themselves
+                await asyncio.sleep(0.005)
+        try:
+            same = await connection.fetchval(_SHAPE) == self.shape[0]
+        except asyncpg.UndefinedTableError:
+            same = False
+        if not same:
+            return False
+        await connection.execute(self.shape[1])
+        return True
 
     async def make_template(self) -> None:
         await self.execute(f'CREATE DATABASE "{self.template}"')
         connection = await asyncpg.connect(self.url_of(self.template))
         try:
             await connection.execute(schema.fresh_schema())
+            tables = await connection.fetchval(_TABLES)
+            self.shape[:] = await connection.fetchval(_SHAPE), f"TRUNCATE {tables} RESTART IDENTITY"
         finally:
             await connection.close()
 
@@ -170,7 +218,8 @@ def databases(postgres_url: str) -> Iterator[Databases]:
     found = Databases(postgres_url, f"rowlock_template_{os.getpid()}", strategy)
     asyncio.run(found.make_template())
     yield found
-    asyncio.run(found.drop(found.template))
+    for name in (*found.emptied, found.template):
+        asyncio.run(found.drop(name))
 
 
 @pytest.fixture
