@@ -207,7 +207,7 @@ async def test_two_nodes_with_disks_of_their_own(system: System) -> None:
     assert await system.api.logs(job_id) == outs[0] + outs[2]  # where the last attempt wrote it
 
 
-@pytest.mark.parametrize("silent", [0, 1])
+@pytest.mark.parametrize("silent", [pytest.param(0, marks=pytest.mark.long), 1])
 async def test_two_nodes_that_share_a_disk(servers: System, tmp_path: Path, silent: int) -> None:
     """Also when the first attempt has written nothing to the file."""
     shared = tmp_path / "home"

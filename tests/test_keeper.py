@@ -160,8 +160,17 @@ async def test_what_its_worker_did_not_come_to_start_is_not_started_after_its_ca
 TRAPS = "#!/bin/bash\ntrap 'touch told' TERM\n{}\necho up\nwhile :; do sleep 0.02; done\n"
 
 
-@pytest.mark.parametrize("spoilt", ["nothing", "its file", "the disk"])
-@pytest.mark.parametrize("why", ["CANCELLED", "TIMEOUT"])
+@pytest.mark.parametrize(
+    ("why", "spoilt"),
+    [
+        ("CANCELLED", "nothing"),
+        ("CANCELLED", "its file"),
+        ("CANCELLED", "the disk"),
+        ("TIMEOUT", "nothing"),
+        pytest.param("TIMEOUT", "its file", marks=pytest.mark.long),
+        pytest.param("TIMEOUT", "the disk", marks=pytest.mark.long),
+    ],
+)
 async def test_a_worker_killed_while_it_ends_a_job_has_a_successor_that_knows_why(
     system: System, why: str, spoilt: str
 ) -> None:

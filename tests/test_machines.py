@@ -417,7 +417,7 @@ def _ending(attempt: Attempt, state: State, ran: bool) -> Ending:
 
 
 PLAY = settings(
-    max_examples=50,
+    max_examples=30,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -21,7 +21,7 @@ def folder(tmp_path: Path, with_cluster: Callable[[Path], Path]) -> Path:
 
 
 # Those that take a moment; the others are for the long tier.
-BRIEF = ("group-alone", "exit-of-another-parent", "acknowledge-first", "answered-before-durable")
+BRIEF = ("group-alone", "acknowledge-first")
 SHORT = ("a_newer_worker_registers_while_one_recovers",)
 
 
