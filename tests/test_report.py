@@ -21,7 +21,7 @@ from core.moves import Ear
 from core.records import Attempt, Dispatch, JobSpec
 from core.settings import Settings
 from core.states import State
-from services.worker import claim, files, process, serve, supervise
+from services.worker import claim, files, proc, process, serve, supervise
 from services.worker.node import Node, Run
 from services.worker.recover import recover
 from services.worker.report import write_endings
@@ -177,6 +177,19 @@ async def test_nothing_is_started_by_a_worker_that_stops_or_is_silent(
         setattr(node, name, value)
     await claim.start(node, [attempt], begun)
     assert begun.job_ids == [job_id]
+
+
+async def test_a_look_begins_nothing_while_nothing_is_heard(
+    node: Node, connection: asyncpg.Connection, begun: Begun
+) -> None:
+    """Of what a commit has started whose answer was lost; the first heartbeat that is answered calls for a look."""
+    lost = await started(connection)
+    node.heard = 0.0
+    await claim.look_once(node, nothing)
+    node.hear(proc.now())
+    assert await node.look.wait(0)
+    await claim.look_once(node, begun)
+    assert begun.job_ids == [lost.job_id]
 
 
 async def test_a_start_is_told_to_who_listens(

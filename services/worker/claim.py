@@ -35,10 +35,12 @@ async def consume_once(node: Node, reader: Reader, begin: Begin) -> int:
 
 async def start(node: Node, attempts: Sequence[Attempt], begin: Begin) -> None:
     """Move attempts to RUNNING and launch those that moved; stale, repeated and forged ones do not."""
-    if not attempts or node.draining or node.is_silent:
+    if not attempts or node.draining:
         return
     async with node.claiming:
         async with node.claims.acquire() as connection:
+            if node.is_silent:  # asked now: both may have been waited for
+                return
             try:
                 specs = await jobs.start(connection, attempts, node=node.name, incarnation=node.incarnation)
             except CONNECTION_ERRORS:
@@ -58,7 +60,7 @@ async def look_once(node: Node, begin: Begin) -> int:
         # Read again: a run leaves `runs` only after the commit that ends it, so what is RUNNING in a second look
         # and still not here was started by a commit whose answer never came. It has not been launched.
         for spec in await jobs.running(connection, lost, node=node.name, incarnation=node.incarnation):
-            if Attempt(spec.job_id, spec.attempt) not in node.runs and not node.draining:
+            if Attempt(spec.job_id, spec.attempt) not in node.runs and not (node.draining or node.is_silent):
                 begin(Run(spec))
     for attempt, run in list(node.runs.items()):
         holding = held.get(attempt)

@@ -177,6 +177,8 @@ class Node:
 
     def hear(self, asked: float) -> None:
         """PostgreSQL has answered a heartbeat that was sent at `asked`: from then on silence counts anew."""
+        if self.is_silent:
+            self.look.set()  # for what was not started meanwhile
         self.heard = asked
         settings = self.settings
         with suppress(OSError):  # then the keeper ends what may be requeued, and nothing else goes wrong
