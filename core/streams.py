@@ -10,6 +10,7 @@ import structlog
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from core import crash
 from core.cancellation import pause
@@ -50,10 +51,15 @@ def connect(settings: Settings) -> redis.Redis:
     """A client that tries each command once: a retry is the caller's decision.
 
     How long an answer may take is up to who asks. redis-py's own limit makes a task of each write and waits for it by
-    `wait_for`, which before Python 3.12 may lose a cancellation (python/cpython#86296).
+    `wait_for`, which before Python 3.12 may lose a cancellation (python/cpython#86296). And with its notifications of
+    maintenance it hands out connections that the server has closed.
     """
     return redis.Redis.from_url(
-        settings.redis_dsn, retry=Retry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=ANSWER_SECONDS
+        settings.redis_dsn,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=None,
+        socket_connect_timeout=ANSWER_SECONDS,
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
 
 

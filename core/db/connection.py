@@ -1,5 +1,6 @@
 """Connections to PostgreSQL: their settings, their errors, and waiting for a server that is not there yet."""
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -96,8 +97,9 @@ async def _opened(settings: Settings, *arguments: Any, **options: Any) -> asyncp
     """
     connection: asyncpg.Connection = await asyncpg.connect(*arguments, **options)
     try:
-        await check_safe(connection, settings)
-        await connection.fetch(_TYPES, [], [], [])
+        async with asyncio.timeout(CONNECT_SECONDS):  # or a server that falls silent now holds up whoever opens it
+            await check_safe(connection, settings)
+            await connection.fetch(_TYPES, [], [], [])
     except BaseException:
         connection.terminate()
         raise
