@@ -53,19 +53,18 @@ class Client:
 
     def __init__(self, address: str, *, timeout_seconds: float = 30, connections: int = 100) -> None:
         self.address = address.rstrip("/")
-        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self._seconds = timeout_seconds
         self._connections = connections
         self._longest_wait = min(LONGEST_WAIT_SECONDS, timeout_seconds / 2)
         self._session: aiohttp.ClientSession | None = None
         self._waiting: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = self._new_session(self._connections)
-        self._waiting = self._new_session(MOST_WAITS)
+        self._session = _new_session(self._connections, aiohttp.ClientTimeout(total=self._seconds))
+        # Those that queue for a connection lose no time of theirs by it.
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=self._seconds, sock_read=self._seconds)
+        self._waiting = _new_session(MOST_WAITS, patience)
         return self
-
-    def _new_session(self, connections: int) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections), timeout=self._timeout)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -239,6 +238,10 @@ class Client:
         except (aiohttp.ClientError, OSError) as error:  # a time-out is an OSError
             detail = f"{self.address} cannot be reached: {str(error) or type(error).__name__}"
             raise ClientError(0, {"detail": detail}) from error
+
+
+def _new_session(connections: int, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections), timeout=timeout)
 
 
 def _path_of(node: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
+from core.cancellation import pause
 from core.db import jobs
 from core.errors import Unavailable
 from core.moves import Ear
@@ -32,6 +33,7 @@ POLL_SHARE = 4
 """A poll comes so many times later than the last one took, at least."""
 LISTEN_SECONDS = 60.0
 """For which it goes on listening when nobody waits: who waits now and then finds that workers know."""
+REOPEN_SECONDS = 1.0
 NEVER = 3600.0
 
 
@@ -79,12 +81,12 @@ class Watch:
         """The job once it is in one of these states, or as it is after so many seconds; None when there is none.
 
         `is_there` says whether somebody still waits for the answer. Raises Unavailable while PostgreSQL is away at
-        the beginning or at the end, and where too many wait already.
+        the beginning or at the end. Where too many wait already, the job as it is now.
         """
         ends = asyncio.get_running_loop().time() + seconds
         with self._waiting(job_id, until, is_there) as waiter:
             job = await self._as_it_is(waiter)
-            if job is None or job.state in until or self._closed:
+            if job is None or job.state in until or self._closed or self._count > self._most:
                 return job
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(ends):
@@ -103,8 +105,6 @@ class Watch:
 
     @contextmanager
     def _waiting(self, job_id: int, until: frozenset[State], is_there: Callable[[], bool]) -> Iterator[_Waiter]:
-        if self._count >= self._most:
-            raise Unavailable(f"{self._count} requests wait for jobs already")
         waiter = _Waiter(job_id, until, is_there)
         self._waiters.setdefault(job_id, set()).add(waiter)
         if self._count == 0:  # a poll that nobody needed is not overdue
@@ -194,6 +194,8 @@ class Watch:
         self.listen.set()  # come again
         said = await self._ear.hear()
         if said is None:
+            if now < self._settles:  # the last one did not last
+                await pause(REOPEN_SECONDS)
             self._settles = asyncio.get_running_loop().time() + SETTLING_SECONDS
             self._next_poll = 0.0
             self._wake.set()
