@@ -117,7 +117,8 @@ _SHAPE = """
 SELECT concat_ws(' ', (SELECT max(xmin::text::bigint) FROM pg_attribute), (SELECT count(*) FROM pg_attribute),
     (SELECT max(xmin::text::bigint) FROM pg_constraint), (SELECT count(*) FROM pg_constraint),
     (SELECT max(xmin::text::bigint) FROM pg_type), (SELECT count(*) FROM pg_type),
-    (SELECT max(xmin::text::bigint) FROM pg_proc), (SELECT max(xmin::text::bigint) FROM pg_trigger),
+    (SELECT max(xmin::text::bigint) FROM pg_proc), (SELECT count(*) FROM pg_proc),
+    (SELECT max(xmin::text::bigint) FROM pg_trigger), (SELECT count(*) FROM pg_trigger),
     (SELECT max(xmin::text::bigint) FROM pg_sequence), (SELECT max(xmin::text::bigint) FROM pg_namespace),
     (SELECT string_agg(concat(relname, relacl, reloptions), ' ' ORDER BY oid) FROM pg_class WHERE oid >= 16384),
     (SELECT string_agg(rowlock_schema::text, ' ') FROM rowlock_schema),
@@ -170,7 +171,7 @@ class Databases:
     @asynccontextmanager
     async def one(self) -> AsyncIterator[str]:
         """The address of a database with the schema in it; whatever was done, at the end no invariant is broken."""
-        name = self.emptied.pop() if self.emptied else await self.create()
+        name = await self._take() if self.emptied else await self.create()
         url = self.url_of(name)
         kept = False
         try:
@@ -187,18 +188,24 @@ class Databases:
             else:
                 await self.drop(name)
 
+    async def _take(self) -> str:
+        """One that was emptied, under a new name: what an earlier test may have left does not find it."""
+        name = f"rowlock_test_{os.getpid()}_{next(_numbers)}"
+        await self.execute(f'ALTER DATABASE "{self.emptied.pop()}" RENAME TO "{name}"')
+        return name
+
     async def _empty(self, connection: asyncpg.Connection) -> bool:
         """Leave nothing in a database, and nobody; False when it is not what the template is any more."""
         async with asyncio.timeout(LONG):
             while await connection.fetchval(_END_OTHERS):  # noqa: ASYNC110 - they end by themselves
                 await asyncio.sleep(0.005)
         try:
-            same = await connection.fetchval(_SHAPE) == self.shape[0]
-        except asyncpg.UndefinedTableError:
-            same = False
-        if not same:
+            if await connection.fetchval(_SHAPE) != self.shape[0]:
+                return False
+            await connection.execute(self.shape[1])
+            await connection.execute("SELECT pg_stat_reset()")
+        except (asyncpg.UndefinedTableError, asyncpg.InsufficientPrivilegeError):
             return False
-        await connection.execute(self.shape[1])
         return True
 
     async def make_template(self) -> None:
