@@ -71,6 +71,11 @@ fmt:
 bench *options:
     {{run}} python -m bench "$@"
 
+# Measure Rowlock beside its peers, as far as they are installed: `just bench-peers install` gets what PyPI has of them
+[positional-arguments]
+bench-peers *options:
+    {{run}} python -m bench.peers "$@"
+
 # Look for broken invariants in the live database; fails when there are any
 [positional-arguments]
 audit *options:

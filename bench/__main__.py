@@ -28,15 +28,16 @@ SLOWEST_PER_SECOND = 20  # slower than that is given up
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Rowlock on this machine.")
-    parser.add_argument("--jobs", type=_count, default=2000, metavar="N", help="jobs of a burst (2000)")
-    parser.add_argument("--connections", type=_count, default=16, metavar="N", help="that post it (16)")
+    parser.add_argument("--jobs", type=count, default=2000, metavar="N", help="jobs of a burst (2000)")
+    parser.add_argument("--connections", type=count, default=16, metavar="N", help="that post it (16)")
     parser.add_argument("--latency-jobs", type=int, default=200, metavar="N", help="0 leaves it out (200)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="bursts and limits; 0 leaves them out (3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go (bench/results/TIME.json)")
     return parser.parse_args(words)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number from 1 on, as an argument."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("should be at least 1")
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"time": now, "arguments": given}
     with stack.workspace() as folder:
         results["machine"] = asdict(machine.facts(folder))
-        _note(report.machine_line(results["machine"]))
+        note(report.machine_line(results["machine"]))
         if options.latency_jobs > 0:
             results |= _latency(folder, options.latency_jobs)
         results["limits"], results["bursts"], results["lists"] = [], [], []
@@ -68,12 +69,12 @@ def _loaded(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     load = machine.load()
     found = work()
     rates = ", ".join(f"{key.replace('_per_second', '/s')} {value}" for key, value in found.items() if "_per_s" in key)
-    _note(f"{name}: {rates} (load {load:.2f})")
+    note(f"{name}: {rates} (load {load:.2f})")
     return {"load": load, "found": found}
 
 
 def _latency(folder: Path, jobs: int) -> dict[str, Any]:
-    _note("latency: one job after another")
+    note("latency: one job after another")
     load = machine.load()
     with stack.running(folder, CPUS) as running:
         durability = asyncio.run(stack.durability(running.database_url))
@@ -97,12 +98,14 @@ def _burst(folder: Path, options: argparse.Namespace, *more: str) -> dict[str, A
         return {**measure("bench.burst", *place, *size, *more, seconds=seconds + 30), "durability": durability}
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Tell how far it is, where it does not mix with the results."""
     print(text, file=sys.stderr, flush=True)
 
 
-def _stop(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)  # so that what was begun is ended on the way out
+def stop(number: int, _frame: object) -> NoReturn:
+    """Answer a signal so that what was begun is ended on the way out."""
+    raise SystemExit(128 + number)
 
 
 def save(results: dict[str, Any], file: Path | None) -> Path:
@@ -116,7 +119,7 @@ def save(results: dict[str, Any], file: Path | None) -> Path:
 def main(words: Sequence[str] | None = None) -> int:
     """0 when everything was measured, whether or not a target is met; 1 with one line when a run is void."""
     options = arguments(sys.argv[1:] if words is None else words)
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         results = run(options)
     except BenchError as error:

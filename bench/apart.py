@@ -8,26 +8,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from services.standalone.child import spawn
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST_CLOCK_STEP = 0.0005
 
 
 class BenchError(Exception):
     """Nothing could be measured, or what was measured is void: one line."""
 
 
-def measure(module: str, *words: object, seconds: float) -> Any:
+def measure(
+    module: str, *words: object, seconds: float, python: str = sys.executable, env: Mapping[str, str] | None = None
+) -> Any:
     """What `python -m module words…` answers (see `answer`). It is killed after `seconds`, and when we are."""
     with tempfile.TemporaryFile() as output:
         child = spawn(
             module,
-            (sys.executable, "-m", module, *map(str, words)),
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
+            (python, "-m", module, *map(str, words)),
+            env={**os.environ, **(env or {}), "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
             dying=signal.SIGKILL,
             output=output.fileno(),
         )
@@ -63,6 +67,14 @@ def own_cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def clock_offset() -> float:
-    """The wall clock against the steady one: between two looks it must not move, for times are compared by both."""
+@contextmanager
+def steady_clock() -> Iterator[None]:
+    """Times of several processes are compared by the wall clock. Raises BenchError when it was set meanwhile."""
+    before = _clock_offset()
+    yield
+    if abs(step := _clock_offset() - before) > LONGEST_CLOCK_STEP:
+        raise BenchError(f"the run is void: the clock was set by {step * 1000:.1f} ms meanwhile")
+
+
+def _clock_offset() -> float:
     return time.time() - time.monotonic()

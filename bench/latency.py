@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from bench.apart import BenchError, answer, clock_offset
+from bench.apart import BenchError, answer, steady_clock
 from bench.wire import Answer, Line, request
 from core.states import FINAL
 
@@ -27,7 +27,6 @@ SCRIPT = '#!/bin/bash\necho "$EPOCHREALTIME"\n'
 WARM_UP = 20
 WAIT_SECONDS = 8.0
 JOB_SECONDS = 10.0
-LONGEST_CLOCK_STEP = 0.0005
 _FINAL = frozenset(state.value for state in FINAL)
 _STAMPS = 1000
 
@@ -105,12 +104,15 @@ def _stamp(output: bytes) -> float:
         raise BenchError(f"the script wrote {output[:100]!r}; EPOCHREALTIME needs bash 5") from None
 
 
-def series(port: int, jobs: int) -> list[Sample]:
-    """`jobs` one after the other, after a warm-up."""
+def series(port: int, jobs: int, pause: float = 0.0) -> list[Sample]:
+    """`jobs` one after the other, after a warm-up; with so many seconds between two."""
     with closing(Client(port)) as client:
         for _ in range(WARM_UP):
             client.run()
-        runs = [client.run() for _ in range(jobs)]
+        runs: list[_Run] = []
+        for _ in range(jobs):
+            time.sleep(pause)
+            runs.append(client.run())
         return [client.sample(run) for run in runs]
 
 
@@ -134,13 +136,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--jobs", type=int, required=True)
+    parser.add_argument("--pause", type=float, default=0.0)
     options = parser.parse_args()
 
     def work() -> object:
-        offset = clock_offset()
-        samples = series(options.port, options.jobs)
-        if abs(step := clock_offset() - offset) > LONGEST_CLOCK_STEP:
-            raise BenchError(f"the run is void: the clock was set by {step * 1000:.1f} ms meanwhile")
+        with steady_clock():
+            samples = series(options.port, options.jobs, options.pause)
         return {
             "first_line_ms": milliseconds(samples, "posted", "first_line"),
             "final_ms": milliseconds(samples, "posted", "seen"),
