@@ -33,7 +33,7 @@ def bars(title: str, shown: Sequence[Bar], logarithmic: bool, marked: str = "Row
     height = TOP + ROW * len(shown) + 10
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + LENGTH + RIGHT}" height="{height}"'
-        ' font-family="sans-serif" font-size="13">',
+        ' font-family="sans-serif" font-size="13" style="background:white">',
         f'<text x="8" y="22" font-weight="bold">{escape(title)}</text>',
     ]
     for number, bar in enumerate(shown):
