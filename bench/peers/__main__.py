@@ -44,7 +44,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything. Raises BenchError when a name is unknown."""
+    """Measure everything, or until a Ctrl-C: that may take hours. Raises BenchError when a name is unknown."""
     chosen = choose(contenders(), options.only)
     results: dict[str, Any] = {
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -60,9 +60,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with stack.workspace() as folder:
         results["machine"] = asdict(machine.facts(folder))
         void: dict[tuple[str, str], str] = {}
-        for number, workload, one in turns(chosen, options.runs):
-            found = _measured(folder, one, _task(one, workload, options), void)
-            results["measurements"].append({"run": number, "workload": workload, "name": one.name, **found})
+        try:
+            for number, workload, one in turns(chosen, options.runs):
+                found = _measured(folder, one, _task(one, workload, options), void)
+                results["measurements"].append({"run": number, "workload": workload, "name": one.name, **found})
+        except KeyboardInterrupt:
+            results["stopped"] = True
     return results
 
 
@@ -134,8 +137,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except BenchError as error:
         print(f"bench.peers: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

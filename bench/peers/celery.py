@@ -33,6 +33,7 @@ class _Client(Client):
         return run.delay(self._orders.script, self._orders.output(number))
 
     async def wait(self, job: AsyncResult, poll: float, seconds: float) -> float:
+        job.ready()  # takes in what is there; without it `get` waits for a message that has come already, for a second
         return job.get(timeout=seconds)
 
 

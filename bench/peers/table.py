@@ -70,6 +70,8 @@ def render(results: Mapping[str, Any]) -> str:
     loads = [one["load"] for one in results["measurements"] if "load" in one]
     if loads:
         lines += ["", f"load before a measurement: {min(loads):.2f} to {max(loads):.2f}"]
+    if results.get("stopped"):
+        lines.append("stopped before its end: some have fewer runs")
     return "\n".join(lines)
 
 
