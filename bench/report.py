@@ -14,6 +14,7 @@ DEAR_FILE_MICROSECONDS = 100.0
 LATENCIES = (
     ("first_line_ms", "submit -> first line of the script"),
     ("final_ms", "submit -> final state at the client"),
+    ("first_line_while_waited_ms", "(first line, while it is waited for)"),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.peers.chart import Bar, bars
 from bench.peers.contenders import LIMIT, WORKLOADS
-from bench.report import LATENCIES, Spread, machine_line, percentile, spread
+from bench.report import Spread, machine_line, percentile, spread
 
 TITLES = {
     "idle": "idle, {latency_jobs} jobs one after another, {pause:g} s apart",
@@ -19,6 +19,7 @@ HEADS = {
     "burst": ("accepted/s", "finished/s", "of the limit"),
     "list": ("accepted/s", "finished/s", "of the limit"),
 }
+LATENCIES = ("first_line_ms", "final_ms")
 PERCENTS = (50, 99)
 WIDTH, CELL = 28, 30
 
@@ -88,7 +89,7 @@ def _table(workload: str, found: Sequence[Row], arguments: Mapping[str, Any]) ->
 
 
 def _latencies(row: Row) -> list[str]:
-    return [_cell(row.figures[f"{name} p{percent}"], 2) for name, _ in LATENCIES for percent in PERCENTS]
+    return [_cell(row.figures[f"{name} p{percent}"], 2) for name in LATENCIES for percent in PERCENTS]
 
 
 def _rates(row: Row, limit: float | None) -> list[str]:
