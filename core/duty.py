@@ -10,6 +10,8 @@ from core.streams import REDIS_ERRORS
 from core.wakeup import Wakeup
 
 AWAY_ERRORS = (*CONNECTION_ERRORS, *REDIS_ERRORS)
+NEVER = 3600.0
+"""The poll of a duty that only its wake-up calls."""
 BACK_OFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 

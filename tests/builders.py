@@ -20,6 +20,18 @@ from core.states import Reason, State
 SCRIPT = "#!/bin/sh\ntrue\n"
 LONG = 60  # seconds within which everything is surely over
 
+MACHINE: dict[str, Any] = {
+    "cpus": 2,
+    "usable_cpus": 2,
+    "cpu_model": "some CPU",
+    "kernel": "6.1",
+    "python": "3.11",
+    "filesystem": "ext4",
+    "file_microseconds": 40.0,
+    "load": [0.5, 0.4, 0.3],
+}
+"""What a benchmark says of the machine (bench/machine.py)."""
+
 
 def settings_for(database_url: str, redis_url: str, folder: Path, **changes: Any) -> Settings:
     """Settings of a whole system in a folder, whatever the environment says."""

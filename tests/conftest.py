@@ -136,7 +136,7 @@ WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type 
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Databases:
     """Makes databases from a template that holds the schema."""
 
@@ -146,8 +146,10 @@ class Databases:
     """How the server copies. As files is three times as fast, where it need not wait for a disk to have them."""
     emptied: list[str] = field(default_factory=list)
     """Those that a test has left as it had found them: to empty one takes a fifth of making and dropping it."""
-    shape: list[str] = field(default_factory=list)
-    """What tells whether a database is still what the template is, and the statement that empties it."""
+    shape: str = ""
+    """What the catalogs of the template say, and of any database that is still what it is."""
+    emptying: str = ""
+    """The statement that leaves no row."""
 
     def url_of(self, name: str) -> str:
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
@@ -171,7 +173,7 @@ class Databases:
     @asynccontextmanager
     async def one(self) -> AsyncIterator[str]:
         """The address of a database with the schema in it; whatever was done, at the end no invariant is broken."""
-        name = await self._take() if self.emptied else await self.create()
+        name = await self._take() or await self.create()
         url = self.url_of(name)
         kept = False
         try:
@@ -188,11 +190,17 @@ class Databases:
             else:
                 await self.drop(name)
 
-    async def _take(self) -> str:
+    async def _take(self) -> str | None:
         """One that was emptied, under a new name: what an earlier test may have left does not find it."""
-        name = f"rowlock_test_{os.getpid()}_{next(_numbers)}"
-        await self.execute(f'ALTER DATABASE "{self.emptied.pop()}" RENAME TO "{name}"')
-        return name
+        while self.emptied:
+            old, name = self.emptied.pop(), f"rowlock_test_{os.getpid()}_{next(_numbers)}"
+            try:
+                await self.execute(f'ALTER DATABASE "{old}" RENAME TO "{name}"')
+            except asyncpg.ObjectInUseError:  # something that an earlier test has left
+                await self.drop(old)
+            else:
+                return name
+        return None
 
     async def _empty(self, connection: asyncpg.Connection) -> bool:
         """Leave nothing in a database, and nobody; False when it is not what the template is any more."""
@@ -200,9 +208,9 @@ class Databases:
             while await connection.fetchval(_END_OTHERS):  # noqa: ASYNC110 - they end by themselves
                 await asyncio.sleep(0.005)
         try:
-            if await connection.fetchval(_SHAPE) != self.shape[0]:
+            if await connection.fetchval(_SHAPE) != self.shape:
                 return False
-            await connection.execute(self.shape[1])
+            await connection.execute(self.emptying)
             await connection.execute("SELECT pg_stat_reset()")
         except (asyncpg.UndefinedTableError, asyncpg.InsufficientPrivilegeError):
             return False
@@ -213,8 +221,8 @@ class Databases:
         connection = await asyncpg.connect(self.url_of(self.template))
         try:
             await connection.execute(schema.fresh_schema())
-            tables = await connection.fetchval(_TABLES)
-            self.shape[:] = await connection.fetchval(_SHAPE), f"TRUNCATE {tables} RESTART IDENTITY"
+            self.shape = await connection.fetchval(_SHAPE)
+            self.emptying = f"TRUNCATE {await connection.fetchval(_TABLES)} RESTART IDENTITY"
         finally:
             await connection.close()
 

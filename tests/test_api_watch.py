@@ -48,7 +48,7 @@ async def api(
 
 
 async def tell(api: Api, state: State, *attempts: Attempt) -> None:
-    """As a worker does, after its commit; until somebody has heard it."""
+    """As a worker does, after its commit."""
     told = Moves(wanted=lambda: True)
     for attempt in attempts:
         told.add(attempt.job_id, state)
@@ -379,7 +379,7 @@ async def test_postgres_away_in_between_is_waited_for(
 
 
 @pytest.mark.parametrize("what", ["get_all", "states"])
-async def test_an_error_reaches_who_waits_for_that_job_and_nobody_else(
+async def test_an_error_reaches_who_waits_for_what_was_looked_at_and_ends_no_role(
     settings: Settings, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """As of a row that is damaged."""

@@ -15,18 +15,8 @@ from bench.machine import CpuTimes, facts, used
 from bench.stack import Stack
 from bench.wire import Answer, WireError, request, take
 from core.settings import Settings
+from tests.builders import MACHINE
 from tests.system import running
-
-MACHINE = {
-    "cpus": 2,
-    "usable_cpus": 2,
-    "cpu_model": "some CPU",
-    "kernel": "6.1",
-    "python": "3.11",
-    "filesystem": "ext4",
-    "file_microseconds": 40.0,
-    "load": [0.5, 0.4, 0.3],
-}
 
 
 def some_results(first_line: float = 9.0, finished: float = 300.0) -> dict[str, Any]:

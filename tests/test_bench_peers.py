@@ -20,17 +20,7 @@ from bench.peers import contenders, drive, install, table
 from bench.peers.chart import Bar, bars
 from bench.peers.contenders import LIMIT, ROWLOCK, Contender, Task
 from bench.report import Spread
-
-MACHINE = {
-    "cpus": 2,
-    "usable_cpus": 2,
-    "cpu_model": "some CPU",
-    "kernel": "6.1",
-    "python": "3.11",
-    "filesystem": "ext4",
-    "file_microseconds": 40.0,
-    "load": [0.5, 0.4, 0.3],
-}
+from tests.builders import MACHINE
 
 IDLE = Task("idle", jobs=5, pause=0.0)
 

@@ -16,7 +16,7 @@ from aiohttp.typedefs import Handler
 
 from core import streams
 from core.db.connection import notify
-from core.duty import repeat
+from core.duty import NEVER, repeat
 from core.errors import Unavailable
 from core.moves import Moves
 from core.settings import Settings, without_secrets
@@ -28,7 +28,7 @@ from services.api.models import Site
 from services.api.problems import answer_problems
 from services.api.state import STATE, State
 from services.api.submit import Submitter
-from services.api.watch import NEVER, Watch
+from services.api.watch import Watch
 
 Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+import structlog
 from redis.asyncio import Redis
 
 from core.cancellation import pause
 from core.db import jobs
+from core.duty import NEVER
 from core.errors import Unavailable
 from core.moves import Ear
 from core.records import Job
@@ -34,7 +36,6 @@ POLL_SHARE = 4
 LISTEN_SECONDS = 60.0
 """For which it goes on listening when nobody waits: who waits now and then finds that workers know."""
 REOPEN_SECONDS = 1.0
-NEVER = 3600.0
 
 
 def _future() -> "asyncio.Future[Job | None]":
@@ -149,6 +150,7 @@ class Watch:
             _fail((waiter.as_it_is for waiter in asking), error)
             return
         except Exception as error:  # noqa: BLE001 - raised again in everybody whom it may concern
+            structlog.get_logger().exception("look_failed", jobs=len(wanted))  # a poll may concern nobody yet
             _fail((waiter.as_it_is for waiter in asking), error)
             waiting = [waiter for job_id in wanted for waiter in self._waiters.get(job_id, ())]
             _fail((waiter.as_awaited for waiter in waiting if waiter.as_it_is.done()), error)

@@ -13,7 +13,7 @@ from core import role, streams
 from core.batch import Batcher
 from core.db import nodes
 from core.db.connection import CONNECTION_ERRORS, notify
-from core.duty import repeat
+from core.duty import NEVER, repeat
 from core.errors import SettingsError
 from core.records import Ending, Output
 from core.settings import Settings, without_secrets
@@ -84,7 +84,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
         lasting = [
             repeat("silence", lambda: health.end_after_silence_once(node), Wakeup(), SILENCE_LOOK_SECONDS),
             repeat("tidy", _tidy_once, Wakeup(), TIDY_SECONDS),
-            repeat("tell", lambda: node.moves.tell_once(client), node.moves.wake, TIDY_SECONDS),
+            repeat("tell", lambda: node.moves.tell_once(client), node.moves.wake, NEVER),
             reports.run(),
             measures.run(),
         ]
