@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import latency, report
+from bench import apart, latency, report
 from bench.__main__ import arguments
 from bench.apart import BenchError, measure
 from bench.burst import Size, burst
@@ -39,6 +39,38 @@ def some_results(first_line: float = 9.0, finished: float = 300.0) -> dict[str, 
         "lists": [{"load": 0.5, "found": {**found, "finished_per_second": 2 * finished}}],
         "limits": [{"load": 0.5, "found": {"scripts_per_second": 1000.0}}],
     }
+
+
+class Clocks:
+    """Two clocks that go on by a microsecond at each look; `held_up` is how long a reading is interrupted, at first."""
+
+    def __init__(self, held_up: float) -> None:
+        self.now, self.step, self.held_up = 1000.0, 0.0, held_up
+
+    def monotonic(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def time(self) -> float:
+        wall = self.monotonic() + self.step
+        self.now, self.held_up = self.now + self.held_up, 0.0
+        return wall
+
+
+def test_a_clock_is_steady_though_its_reading_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(held_up=0.01)
+    monkeypatch.setattr(apart, "time", clocks)
+    with apart.steady_clock():
+        pass
+
+
+@pytest.mark.parametrize("step", [0.01, -0.01])
+def test_a_clock_that_was_set_makes_a_run_void(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
+    clocks = Clocks(held_up=0.0)
+    monkeypatch.setattr(apart, "time", clocks)
+    void = pytest.raises(BenchError, match=r"^the run is void: the clock was set by -?10\.0 ms meanwhile$")
+    with void, apart.steady_clock():
+        clocks.step = step
 
 
 def test_a_percentile_is_a_value_that_was_measured() -> None:
