@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
 from core.states import State
-from core.streams import ANSWER_SECONDS, moved_channel
+from core.streams import ANSWER_SECONDS, Link, moved_channel
 from core.wakeup import Wakeup
 
 SILENCE_SECONDS = 5
@@ -33,13 +33,14 @@ class Moves:
             self._states[job_id] = state
             self.wake.set()
 
-    async def tell_once(self, client: Redis) -> int:
+    async def tell_once(self, link: Link) -> int:
         """Publish what there is to tell; raise one of REDIS_ERRORS, and forget it, when that cannot be done."""
         states, self._states = self._states, {}
         if states:
             text = " ".join(f"{job_id}={state}" for job_id, state in states.items())
-            async with asyncio.timeout(ANSWER_SECONDS):
-                await client.publish(moved_channel(client), text)
+            [answer] = await link.ask(("PUBLISH", moved_channel(link.client), text))
+            if isinstance(answer, Exception):
+                raise answer
         return len(self._states)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import redis.asyncio as redis
 import structlog
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -26,6 +27,7 @@ BLOCK_MS = 2_000
 ANSWER_SECONDS = 5  # longer than BLOCK_MS, or a blocked read would be cut and sent again
 
 Kind = Literal["run", "cancel"]
+Command = tuple[str | bytes | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +65,59 @@ def connect(settings: Settings) -> redis.Redis:
     )
 
 
-async def publish(client: redis.Redis, kind: Kind, dispatches: Sequence[Dispatch]) -> None:
-    """Add a message for each attempt to its node's stream, all in one pipeline.
+class Link:
+    """One connection that is kept, for one user at a time; others wait.
+
+    A client takes a connection from its pool for each command and looks at it, for half of the CPU that the command
+    costs. Opened by its first use, and anew after any error, or when the server has closed it meanwhile.
+    """
+
+    def __init__(self, client: redis.Redis) -> None:
+        """Closed together with its client."""
+        self.client = client
+        self._connection: AbstractConnection | None = None
+        self._free = asyncio.Lock()
+
+    async def ask(self, *commands: Command) -> list[Any]:
+        """Send commands in one go; the answers, as they come: what the server refuses is a ResponseError among them.
+
+        Raises one of REDIS_ERRORS when it is away, or silent.
+        """
+        async with asyncio.timeout(ANSWER_SECONDS), self._free:
+            if self._connection is None:
+                self._connection = await self.client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+            connection = self._connection
+            try:
+                if connection.is_connected and await connection.can_read():  # its end, or what nobody asked for
+                    await connection.disconnect(nowait=True)
+                await connection.send_packed_command(connection.pack_commands(commands))
+                return [await _answer(connection) for _ in commands]
+            except BaseException:  # also of one that was interrupted as it was opened
+                await connection.disconnect(nowait=True)
+                raise
+
+
+async def _answer(connection: AbstractConnection) -> Any:
+    try:
+        return await connection.read_response()
+    except ResponseError as refusal:
+        return refusal
+
+
+async def publish(link: Link, kind: Kind, dispatches: Sequence[Dispatch]) -> None:
+    """Add a message for each attempt to its node's stream, all in one go.
 
     A stream that takes none does not hold up its neighbours; that no stream took anything is raised.
     """
-    pipeline = client.pipeline(transaction=False)
-    for dispatch in dispatches:
-        fields: dict[Any, Any] = {"kind": kind, "job_id": dispatch.job_id, "attempt": dispatch.attempt}
-        pipeline.xadd(stream_of(dispatch.node), fields, maxlen=MAX_LENGTH, approximate=True)
-    async with asyncio.timeout(ANSWER_SECONDS):
-        answers = await pipeline.execute(raise_on_error=False)
+    answers = await link.ask(*[_message(kind, dispatch) for dispatch in dispatches])
     refused = [answer for answer in answers if isinstance(answer, Exception)]
     if refused and len(refused) == len(answers):
         raise refused[0]
+
+
+def _message(kind: Kind, dispatch: Dispatch) -> Command:
+    fields = ("kind", kind, "job_id", dispatch.job_id, "attempt", dispatch.attempt)
+    return ("XADD", stream_of(dispatch.node), "MAXLEN", "~", MAX_LENGTH, "*", *fields)
 
 
 async def forget(client: redis.Redis, node: str) -> None:
@@ -99,7 +140,7 @@ class Reader:
     """A node's one consumer. After any error it reads its own unacknowledged entries again, from the start."""
 
     def __init__(self, client: redis.Redis, node: str) -> None:
-        self._client = client
+        self._link = Link(client)
         self._stream = stream_of(node)
         self._node = node
         self._replay = True
@@ -114,19 +155,17 @@ class Reader:
         """
         if self._replay:
             self.somebody_listens = False
-            await ensure_group(self._client, self._node)
+            await ensure_group(self._link.client, self._node)
         start = "0" if self._replay else ">"
         replaying, self._replay = self._replay, True
-        pipeline = self._client.pipeline(transaction=False)
         done, self._done = self._done, []
-        if done:
-            pipeline.xack(self._stream, GROUP, *done)
-            pipeline.xdel(self._stream, *done)
-        block = None if replaying else BLOCK_MS
-        pipeline.xreadgroup(GROUP, self._node, {self._stream: start}, count=limit, block=block)
-        pipeline.pubsub_numsub(moved_channel(self._client))  # a read that ends anyway is a good time to ask
-        async with asyncio.timeout(ANSWER_SECONDS):
-            *answers, listeners = await pipeline.execute(raise_on_error=False)
+        away: list[Command] = [("XACK", self._stream, GROUP, *done), ("XDEL", self._stream, *done)] if done else []
+        block = () if replaying else ("BLOCK", BLOCK_MS)
+        *answers, listeners = await self._link.ask(
+            *away,
+            ("XREADGROUP", "GROUP", GROUP, self._node, "COUNT", limit, *block, "STREAMS", self._stream, start),
+            ("PUBSUB", "NUMSUB", moved_channel(self._link.client)),  # a read that ends anyway is a good time to ask
+        )
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
@@ -153,23 +192,23 @@ class Reader:
 def _count(answer: Any) -> int:
     """What PUBSUB NUMSUB says of one channel; 0 where it is refused, or something else answers."""
     try:
-        [(_, count)] = answer
+        _, count = answer
         return int(count)
     except (TypeError, ValueError):
         return 0
 
 
-def _pairs(answer: object) -> Iterable[tuple[bytes, list[tuple[bytes, dict[bytes, bytes] | None]]]]:
-    if not answer:
-        return ()
-    return answer.items() if isinstance(answer, dict) else answer  # type: ignore[return-value]
+def _pairs(answer: Any) -> Iterable[tuple[bytes, list[tuple[bytes, list[bytes] | None]]]]:
+    """What XREADGROUP answers: streams with their entries, in whichever version of the protocol."""
+    return answer.items() if isinstance(answer, dict) else answer or ()
 
 
-def _parse(entry_id: bytes, fields: dict[bytes, bytes] | None) -> Message | None:
+def _parse(entry_id: bytes, words: list[bytes] | None) -> Message | None:
     """The message, or None for what is deleted, forged or from another version."""
+    fields = dict(zip((words or ())[::2], (words or ())[1::2], strict=False))
     try:
-        kind = (fields or {})[b"kind"].decode()
-        attempt = Attempt(int(fields[b"job_id"]), int(fields[b"attempt"]))  # type: ignore[index]
+        kind = fields[b"kind"].decode()
+        attempt = Attempt(int(fields[b"job_id"]), int(fields[b"attempt"]))
     except (KeyError, ValueError, UnicodeDecodeError):
         return None
     if kind not in ("run", "cancel") or not (0 < attempt.job_id < 2**63 and 0 < attempt.attempt < 2**31):

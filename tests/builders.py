@@ -201,3 +201,10 @@ async def race(
         task = asyncio.ensure_future(second(other))
         await blocked(watcher)
     return answer, await task
+
+
+async def until(true: Callable[[], Any]) -> None:
+    """Return when something has become true; it may be awaitable."""
+    async with asyncio.timeout(LONG):
+        while not (await answer if asyncio.iscoroutine(answer := true()) else answer):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

@@ -52,7 +52,7 @@ async def tell(api: Api, state: State, *attempts: Attempt) -> None:
     told = Moves(wanted=lambda: True)
     for attempt in attempts:
         told.add(attempt.job_id, state)
-    await told.tell_once(api.state.redis)
+    await told.tell_once(api.state.link)
 
 
 async def start(api: Api, attempt: Attempt) -> None:

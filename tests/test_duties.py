@@ -9,7 +9,6 @@ import asyncpg
 import pytest
 import redis.asyncio as redis
 from pydantic import SecretStr
-from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError, ResponseError
 from structlog.testing import capture_logs
 
@@ -20,19 +19,17 @@ from core.moves import Ear
 from core.records import Attempt, Dispatch
 from core.settings import Settings
 from core.states import State
-from core.streams import Message, Reader
+from core.streams import Command, Link, Message, Reader
 from core.wakeup import Wakeup
 from services.scheduler import __main__ as scheduler
 from services.scheduler import allocate, dispatch, lead, reap
 from services.scheduler.allocate import allocate_once
 from services.scheduler.dispatch import UNCLAIMED_SECONDS, Outbox, dispatch_once, republish_once
 from services.scheduler.reap import reap_once
-from tests.builders import a_job, a_node, finish, give, register, start, state_of, submit
+from tests.builders import LONG, a_job, a_node, finish, give, register, start, state_of, submit, until
 from tests.proxy import Fault, proxied
 
 pytestmark = pytest.mark.anyio
-
-LONG = 30  # seconds within which something surely happens
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +37,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "BLOCK_MS", 50)
     for name in ("PROBE_SECONDS", "STAND_BY_SECONDS", "RETRY_SECONDS"):
         monkeypatch.setattr(lead, name, 0.05)
-
-
-async def until(true: Callable[[], Any]) -> None:
-    """Return when something has become true; it may be awaitable."""
-    async with asyncio.timeout(LONG):
-        while not (await answer if asyncio.iscoroutine(answer := true()) else answer):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 async def place_of(connection: asyncpg.Connection, job_id: int) -> tuple[State, str | None, int]:
@@ -113,9 +103,9 @@ async def test_a_decision_that_others_outran_calls_for_another_pass(connection: 
     called: list[bool] = []
     async with connection.transaction():
         await connection.execute("SELECT FROM jobs WHERE job_id = $1 FOR UPDATE", ids[0])
-        assert len(await allocate_once(pool, lambda: called.append(True))) == 1
+        assert len(await allocate_once(pool, outrun=lambda: called.append(True))) == 1
     assert called == [True]
-    assert len(await allocate_once(pool, lambda: called.append(True))) == 1
+    assert len(await allocate_once(pool, outrun=lambda: called.append(True))) == 1
     assert called == [True]
 
 
@@ -153,13 +143,13 @@ async def test_publishes_what_is_allocated_once(
     for name in ("n1", "n2"):
         await register(connection, a_node(name, 2))
     ids = await submit(connection, *[a_job()] * 3)
-    assert await dispatch_once(outbox, redis_client) == 0
+    assert await dispatch_once(outbox, Link(redis_client)) == 0
     outbox.put(await allocate_once(pool))
     assert await outbox.filled.wait(LONG)
-    assert await dispatch_once(outbox, redis_client) == 3
+    assert await dispatch_once(outbox, Link(redis_client)) == 3
     assert await messages(redis_client, "n1") == [Attempt(ids[0], 1), Attempt(ids[1], 1)]
     assert await messages(redis_client, "n2") == [Attempt(ids[2], 1)]
-    assert await dispatch_once(outbox, redis_client) == 0
+    assert await dispatch_once(outbox, Link(redis_client)) == 0
     assert await redis_client.xlen(streams.stream_of("n1")) == 2
 
 
@@ -169,7 +159,7 @@ async def test_publishes_batch_after_batch(
     monkeypatch.setattr(dispatch, "BATCH", 2)
     outbox.put([Dispatch(1, 1, "n1"), Dispatch(2, 1, "n1")])
     outbox.put([Dispatch(3, 1, "n1")])
-    assert [await dispatch_once(outbox, redis_client) for _ in range(3)] == [2, 1, 0]
+    assert [await dispatch_once(outbox, Link(redis_client)) for _ in range(3)] == [2, 1, 0]
     assert [attempt.job_id for attempt in await messages(redis_client, "n1")] == [1, 2, 3]
 
 
@@ -181,11 +171,11 @@ async def test_what_redis_did_not_take_is_published_when_nobody_claimed_it(
     outbox.put(await allocate_once(pool))
     nowhere = redis.Redis.from_url("unix:///nowhere/redis.sock")
     with pytest.raises((RedisError, OSError)):
-        await dispatch_once(outbox, nowhere)
+        await dispatch_once(outbox, Link(nowhere))
     await nowhere.aclose()
-    assert await dispatch_once(outbox, redis_client) == 0
+    assert await dispatch_once(outbox, Link(redis_client)) == 0
     await long_ago(connection, job_id)
-    await republish_once(pool, redis_client)
+    await republish_once(pool, Link(redis_client))
     assert await messages(redis_client, "n1") == [Attempt(job_id, 1)]
 
 
@@ -194,11 +184,11 @@ async def test_one_stream_that_takes_nothing_does_not_hold_up_the_others(
 ) -> None:
     outbox.put([Dispatch(1, 1, "n1"), Dispatch(2, 1, "n2")])
     await redis_client.set(streams.stream_of("n1"), "forged")
-    assert await dispatch_once(outbox, redis_client) == 2
+    assert await dispatch_once(outbox, Link(redis_client)) == 2
     assert await messages(redis_client, "n2") == [Attempt(2, 1)]
     outbox.put([Dispatch(1, 1, "n1")])
     with pytest.raises(RedisError):
-        await dispatch_once(outbox, redis_client)
+        await dispatch_once(outbox, Link(redis_client))
 
 
 async def test_published_twice_and_started_once(
@@ -207,9 +197,9 @@ async def test_published_twice_and_started_once(
     await register(connection)
     [job_id] = await submit(connection)
     outbox.put(await allocate_once(pool))
-    await dispatch_once(outbox, redis_client)
+    await dispatch_once(outbox, Link(redis_client))
     await long_ago(connection, job_id)
-    await republish_once(pool, redis_client)
+    await republish_once(pool, Link(redis_client))
     told = await messages(redis_client, "n1")
     assert len(told) == 2
     assert [len(await start(connection, attempt)) for attempt in told] == [1, 0]
@@ -223,10 +213,10 @@ async def test_published_again_after_redis_was_emptied(
     lost, running, fresh = await submit(connection, *[a_job()] * 3)
     attempts = [await give(connection, job_id) for job_id in (lost, running, fresh)]
     await start(connection, attempts[1])
-    await republish_once(pool, redis_client)
+    await republish_once(pool, Link(redis_client))
     assert await messages(redis_client, "n1") == []
     await long_ago(connection, lost, running)
-    await republish_once(pool, redis_client)
+    await republish_once(pool, Link(redis_client))
     assert await messages(redis_client, "n1") == [attempts[0]]
 
 
@@ -298,7 +288,7 @@ def reader(redis_client: redis.Redis) -> Reader:
 
 async def tell(client: redis.Redis, *job_ids: int) -> list[Attempt]:
     """Publish the first attempts of jobs to n1."""
-    await streams.publish(client, "run", [Dispatch(job_id, 1, "n1") for job_id in job_ids])
+    await streams.publish(Link(client), "run", [Dispatch(job_id, 1, "n1") for job_id in job_ids])
     return [Attempt(job_id, 1) for job_id in job_ids]
 
 
@@ -335,7 +325,7 @@ async def test_reads_what_was_said_before_it_came_and_after(redis_client: redis.
 
 
 async def test_a_cancel_is_told_as_one(redis_client: redis.Redis, reader: Reader) -> None:
-    await streams.publish(redis_client, "cancel", [Dispatch(7, 2, "n1")])
+    await streams.publish(Link(redis_client), "cancel", [Dispatch(7, 2, "n1")])
     [message] = await read(reader)
     assert (message.kind, message.attempt) == ("cancel", Attempt(7, 2))
 
@@ -387,10 +377,10 @@ async def test_after_an_error_it_reads_its_own_entries_again(
     assert told(await read(reader)) == first
     monkeypatch.setattr(streams, "BLOCK_MS", 4000)
     other = streams.connect(settings)
-    connection_id = await redis_client.client_id()
     task = asyncio.create_task(reader.read(10))
     await until(lambda: blocked(other))
-    await other.execute_command("CLIENT", "KILL", "ID", connection_id)
+    [reading] = [client["id"] for client in await other.client_list() if client["cmd"] == "xreadgroup"]
+    await other.execute_command("CLIENT", "KILL", "ID", reading)
     with pytest.raises((RedisError, OSError)):
         await task
     await other.aclose()
@@ -419,16 +409,16 @@ async def test_a_reader_learns_whether_anybody_listens(redis_client: redis.Redis
     assert heard == [False, True, False]
 
 
-@pytest.mark.parametrize("answer", [ResponseError("NOPERM"), [], None, [b"x"], [(b"x", b"y")], 7])
+@pytest.mark.parametrize("answer", [ResponseError("NOPERM"), [], None, [b"x"], [b"x", b"y"], 7])
 async def test_a_redis_that_does_not_say_who_listens_is_read_all_the_same(
     redis_client: redis.Redis, reader: Reader, monkeypatch: pytest.MonkeyPatch, answer: object
 ) -> None:
-    first, execute = await tell(redis_client, 1), Pipeline.execute
+    first, ask = await tell(redis_client, 1), Link.ask
 
-    async def otherwise(*arguments: Any, **options: Any) -> list[Any]:
-        return [*(await execute(*arguments, **options))[:-1], answer]
+    async def otherwise(link: Link, *commands: Command) -> list[Any]:
+        return [*(await ask(link, *commands))[:-1], answer]
 
-    monkeypatch.setattr(Pipeline, "execute", otherwise)
+    monkeypatch.setattr(Link, "ask", otherwise)
     assert told(await read(reader)) == first
     assert not reader.somebody_listens
 

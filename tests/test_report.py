@@ -21,6 +21,7 @@ from core.moves import Ear
 from core.records import Attempt, Dispatch, JobSpec
 from core.settings import Settings
 from core.states import State
+from core.streams import Link
 from services.worker import claim, files, proc, process, serve, supervise
 from services.worker.node import Node, Run
 from services.worker.recover import recover
@@ -197,14 +198,14 @@ async def test_a_start_is_told_to_who_listens(
 ) -> None:
     [job_id] = await submit(connection)
     [attempt] = await allocate(connection)
-    await streams.publish(redis_client, "run", [Dispatch(job_id, attempt.attempt, node.name)])
+    await streams.publish(Link(redis_client), "run", [Dispatch(job_id, attempt.attempt, node.name)])
     reader = streams.Reader(redis_client, node.name)
     node.moves.wanted = lambda: reader.somebody_listens
     async with asyncio.timeout(LONG):
         assert await ear.hear() is None
         for _ in range(2):  # first what an earlier worker left, then what is new
             await claim.consume_once(node, reader, begun)
-        await node.moves.tell_once(redis_client)
+        await node.moves.tell_once(Link(redis_client))
         assert await ear.hear() == [(job_id, State.RUNNING)]
     assert begun.job_ids == [job_id]
 
@@ -219,7 +220,7 @@ async def test_starts_and_ends_are_told_to_who_wants_to_know(
     async with asyncio.timeout(LONG):
         assert await ear.hear() is None
         assert await write_endings(node, [an_ending(over.attempt), an_ending(refused)], begun) == [True, False]
-        await node.moves.tell_once(redis_client)
+        await node.moves.tell_once(Link(redis_client))
         await redis_client.publish(streams.moved_channel(redis_client), "7=FAILED")
         if wanted:
             assert sorted(await ear.hear() or []) == [(over.spec.job_id, State.COMPLETED), (taken, State.RUNNING)]

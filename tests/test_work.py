@@ -24,6 +24,7 @@ from core.db import jobs
 from core.db.connection import PLANNED_ONCE, Line
 from core.records import Attempt
 from core.settings import Settings
+from core.streams import Link
 from services.scheduler.allocate import allocate_once
 from services.scheduler.dispatch import Outbox, dispatch_once
 from services.worker import claim
@@ -133,9 +134,10 @@ async def test_a_pass(watched: Watched, line: Line, redis_client: redis.Redis, b
         outbox.put(await allocate_once(line))
     assert (work.statements, work.commits) == (2, 1)
     assert work.calls <= ROUND_TRIP * 2 + PIECES
-    await redis_client.ping()
+    link = Link(redis_client)
+    await link.ask(("PING",))
     async with watched.work() as work:
-        assert await dispatch_once(outbox, redis_client) == batch
+        assert await dispatch_once(outbox, link) == batch
     assert work.calls <= ROUND_TRIP + PIECES
 
 

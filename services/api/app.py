@@ -66,6 +66,7 @@ async def running(settings: Settings) -> AsyncIterator[web.Application]:
             database=database,
             submitter=Submitter(database, wake),
             redis=redis,
+            link=streams.Link(redis),
             workers=workers,
             watch=Watch(database, redis, settings.poll_seconds),
             moves=Moves(wanted=lambda: True),
@@ -100,7 +101,7 @@ def _duties(settings: Settings, state: State) -> list[Coroutine[Any, Any, None]]
         repeat("notify", notify_once, state.wake, NEVER),
         state.watch.run(),
         repeat("listen", state.watch.listen_once, state.watch.listen, NEVER),
-        repeat("tell", lambda: state.moves.tell_once(state.redis), state.moves.wake, NEVER),
+        repeat("tell", lambda: state.moves.tell_once(state.link), state.moves.wake, NEVER),
         streams.name_when_away(state.redis, without_secrets(settings.redis_dsn)),
     ]
 

@@ -87,6 +87,6 @@ async def hint(api: state.State, dispatch: Dispatch) -> None:
     """Tell the worker; it looks at the table anyway, so Redis being away costs time only."""
     try:
         async with asyncio.timeout(HINT_SECONDS):
-            await streams.publish(api.redis, "cancel", [dispatch])
+            await streams.publish(api.link, "cancel", [dispatch])
     except streams.REDIS_ERRORS as error:
         structlog.get_logger().warning("cancel_not_published", job_id=dispatch.job_id, error=describe(error))

@@ -8,6 +8,7 @@ from aiohttp import web
 from redis.asyncio import Redis
 
 from core.moves import Moves
+from core.streams import Link
 from core.wakeup import Wakeup
 from services.api.database import Database
 from services.api.models import Site
@@ -23,6 +24,7 @@ class State:
     database: Database
     submitter: Submitter
     redis: Redis
+    link: Link
     workers: aiohttp.ClientSession
     watch: Watch
     moves: Moves

@@ -32,6 +32,7 @@ async def _schedule(settings: Settings) -> None:
     pool = await open_pool(settings, "scheduler", POOL_SIZE, **PLANNED_ONCE)
     line = Line(settings, "scheduler", **PLANNED_ONCE)
     client = streams.connect(settings)
+    link = streams.Link(client)
     try:
         await schema.ensure(pool)
         outbox, wake = Outbox(), Wakeup()
@@ -44,8 +45,8 @@ async def _schedule(settings: Settings) -> None:
                     wake,
                     [
                         lambda: repeat("allocate", lambda: _allocate(line, outbox, wake), wake, poll),
-                        lambda: repeat("dispatch", lambda: dispatch_once(outbox, client), outbox.filled, poll),
-                        lambda: repeat("republish", lambda: republish_once(pool, client), Wakeup(), UNCLAIMED_SECONDS),
+                        lambda: repeat("dispatch", lambda: dispatch_once(outbox, link), outbox.filled, poll),
+                        lambda: repeat("republish", lambda: republish_once(pool, link), Wakeup(), UNCLAIMED_SECONDS),
                         lambda: repeat("reap", lambda: _waking(wake, reap_once(pool)), Wakeup(), poll),
                         lambda: _lose(pool, settings, wake),
                     ],
@@ -61,9 +62,7 @@ async def _allocate(line: Line, outbox: Outbox, wake: Wakeup) -> bool:
     """One pass, handed on; whether there may be more to place. What comes to wait meanwhile wakes the next one."""
     # Not at once: who was there first may hold a job for a moment more.
     outrun = partial(asyncio.get_running_loop().call_later, OUTRUN_SECONDS, wake.set)
-    placed = await allocate_once(line, outrun)
-    outbox.put(placed)
-    return len(placed) == BATCH
+    return len(await allocate_once(line, outbox.put, outrun)) == BATCH
 
 
 async def _lose(pool: Pool, settings: Settings, wake: Wakeup) -> None:

@@ -4,6 +4,7 @@ No lock is held between two statements: `place` holds the decision against what 
 look wakes another pass; a worker's report that fills its node does not, so a decision that did not hold calls for one.
 """
 
+import asyncio
 from collections.abc import Callable
 
 import structlog
@@ -17,8 +18,15 @@ from core.records import Dispatch
 BATCH = 500
 
 
-async def allocate_once(database: Line | Pool, outrun: Callable[[], object] | None = None) -> list[Dispatch]:
-    """One pass; answer what was given CPUs, at most BATCH jobs. Calls `outrun` when others were there first."""
+async def allocate_once(
+    database: Line | Pool,
+    hand_on: Callable[[list[Dispatch]], object] | None = None,
+    outrun: Callable[[], object] | None = None,
+) -> list[Dispatch]:
+    """One pass; answer what was given CPUs, at most BATCH jobs, which `hand_on` gets before that is logged.
+
+    Calls `outrun` when others were there first.
+    """
     async with database.acquire() as connection:
         waiting, free = await pending.look(connection, BATCH)
         placements = plan(waiting, free)[:BATCH]
@@ -29,7 +37,11 @@ async def allocate_once(database: Line | Pool, outrun: Callable[[], object] | No
         crash.here("scheduler.placed")
     if outrun is not None and len(placed) < len(placements):
         outrun()
+    dispatches = [Dispatch(job.job_id, job.attempt, job.node) for job in placed]
+    if hand_on is not None:
+        hand_on(dispatches)
+        await asyncio.sleep(0)  # whoever was woken by that sends them on their way first
     log = structlog.get_logger()
     for job in placed:
         log.info("job_allocated", job_id=job.job_id, attempt=job.attempt, node=job.node, cpus=job.cpus)
-    return [Dispatch(job.job_id, job.attempt, job.node) for job in placed]
+    return dispatches

@@ -1,7 +1,5 @@
 """Dispatch: the nodes are told what they were given, at once after the commit, and again when nobody claims it."""
 
-import redis.asyncio as redis
-
 from core import crash, streams
 from core.db import allocations
 from core.db.connection import Pool
@@ -31,16 +29,16 @@ class Outbox:
         return taken
 
 
-async def dispatch_once(outbox: Outbox, client: redis.Redis) -> int:
+async def dispatch_once(outbox: Outbox, link: streams.Link) -> int:
     """Publish one batch; answer how many. What Redis does not take is left to `republish_once`, and to the nodes."""
     taken = outbox.take()
     if taken:
-        await streams.publish(client, "run", taken)
+        await streams.publish(link, "run", taken)
         crash.here("scheduler.published")
     return len(taken)
 
 
-async def republish_once(pool: Pool, client: redis.Redis) -> int:
+async def republish_once(pool: Pool, link: streams.Link) -> int:
     """Publish what was allocated a while ago and has not started, after a crash or an emptied Redis alike.
 
     Twice does no harm: the start's guard lets one through.
@@ -48,5 +46,5 @@ async def republish_once(pool: Pool, client: redis.Redis) -> int:
     async with pool.acquire() as connection:
         unclaimed = await allocations.unclaimed(connection, UNCLAIMED_SECONDS, BATCH)
     if unclaimed:
-        await streams.publish(client, "run", unclaimed)
+        await streams.publish(link, "run", unclaimed)
     return 0  # at the next look: they are still there

@@ -48,8 +48,9 @@ async def start(node: Node, attempts: Sequence[Attempt], begin: Begin) -> None:
                 raise
         crash.here("worker.started")
         for spec in specs:
-            node.moves.add(spec.job_id, State.RUNNING)
             begin(Run(spec))
+        for spec in specs:  # after all of them: they are launched before anybody is told
+            node.moves.add(spec.job_id, State.RUNNING)
 
 
 async def look_once(node: Node, begin: Begin) -> int:

@@ -71,8 +71,9 @@ async def _turn_over(node: Node, endings: Sequence[Ending], begin: Begin) -> all
             structlog.get_logger().info(
                 "job_allocated", job_id=spec.job_id, attempt=spec.attempt, node=node.name, cpus=spec.cpus
             )
-            node.moves.add(spec.job_id, State.RUNNING)
             begin(Run(spec))
+        for spec in turned.begun:  # after all of them: they are launched before anybody is told
+            node.moves.add(spec.job_id, State.RUNNING)
     return turned
 
 

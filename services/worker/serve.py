@@ -65,7 +65,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         client = streams.connect(settings)
         stack.push_async_callback(client.aclose)
-        reader = streams.Reader(client, node.name)
+        reader, link = streams.Reader(client, node.name), streams.Link(client)
         node.moves.wanted = lambda: reader.somebody_listens
 
         supervisions: set[asyncio.Task[None]] = set()
@@ -84,7 +84,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
         lasting = [
             repeat("silence", lambda: health.end_after_silence_once(node), Wakeup(), SILENCE_LOOK_SECONDS),
             repeat("tidy", _tidy_once, Wakeup(), TIDY_SECONDS),
-            repeat("tell", lambda: node.moves.tell_once(client), node.moves.wake, NEVER),
+            repeat("tell", lambda: node.moves.tell_once(link), node.moves.wake, NEVER),
             reports.run(),
             measures.run(),
         ]

@@ -133,7 +133,7 @@ DEFECTS: dict[str, Defect] = {
             claim,
             "consume_once",
             "    try:\n        await start(",
-            "    for message in messages:\n        await reader._client.xdel(reader._stream, message.entry_id)\n"
+            "    for message in messages:\n        await reader._link.client.xdel(reader._stream, message.entry_id)\n"
             "    try:\n        await start(",
         ),
         "a_start_waits_for_its_commit",
