@@ -81,11 +81,13 @@ class System:
         """The whole environment of a role: it finds nothing of the developer's own."""
         plain = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH") if key in os.environ}
         here = {"PYTHONPATH": f"{PLAIN}:{ROOT}", "PYTHONSAFEPATH": "1"}
-        return {**plain, **here, **exported(self.settings), **{key: str(value) for key, value in more.items()}}
+        # aiohttp reads all authorities of the machine as it is imported: a tenth of a second of each start.
+        none = {"SSL_CERT_FILE": os.devnull}
+        return {**plain, **here, **none, **exported(self.settings), **{key: str(value) for key, value in more.items()}}
 
     def worker_pid(self) -> int:
         """The asyncio worker of the node, below its launcher and its keeper."""
-        mine = [pid for pid in alive_with(str(self.folder / self.node)) if "services.worker.serve" in cmdline(pid)]
+        mine = [pid for pid in alive_with(str(self.folder / self.node)) if "services.worker.kept" in cmdline(pid)]
         assert len(mine) == 1, mine
         return mine[0]
 

@@ -22,7 +22,7 @@ from services.api import database as api
 from services.cli.doctor import command, folders, node, postgres, redis
 from services.cli.doctor.finding import Finding, fault, ok
 from services.cli.doctor.mounts import mount_of, mounts, read_mounts
-from services.scheduler import __main__ as scheduler
+from services.scheduler import serve as scheduler
 from services.standalone.stack import free_port
 from services.worker import node as worker
 from services.worker import proc

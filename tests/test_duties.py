@@ -21,8 +21,8 @@ from core.settings import Settings
 from core.states import State
 from core.streams import Command, Link, Message, Reader
 from core.wakeup import Wakeup
-from services.scheduler import __main__ as scheduler
 from services.scheduler import allocate, dispatch, lead, reap
+from services.scheduler import serve as scheduler
 from services.scheduler.allocate import allocate_once
 from services.scheduler.dispatch import UNCLAIMED_SECONDS, Outbox, dispatch_once, republish_once
 from services.scheduler.reap import reap_once

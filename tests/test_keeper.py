@@ -84,7 +84,7 @@ async def adopted(system: System) -> None:
 
 async def new_worker(system: System, old: int) -> None:
     async def changed() -> bool:
-        mine = [pid for pid in alive_with(str(system.folder / system.node)) if "services.worker.serve" in cmdline(pid)]
+        mine = [pid for pid in alive_with(str(system.folder / system.node)) if "services.worker.kept" in cmdline(pid)]
         return bool(mine) and mine != [old]
 
     await until(changed, "the keeper starts the worker again")
@@ -188,10 +188,10 @@ async def test_a_worker_killed_while_it_ends_a_job_has_a_successor_that_knows_wh
 
     await until(told, "SIGTERM has arrived")
     kill_worker(system)
-    for pid in alive_with(f"job-{job_id}.1"):
+    scripts = data_of(system) / "scripts"
+    for pid in alive_with(str(scripts / f"job-{job_id}.1")):  # with its folder: tests beside this one have such a job
         os.kill(pid, signal.SIGKILL)  # it ends before the next worker looks
     assert await ended(system, job_id) == (why, None, "KILL")
-    scripts = data_of(system) / "scripts"
 
     async def forgotten() -> bool:
         return not [*scripts.glob("job-*"), *(scripts / ".spool/exits").iterdir()]

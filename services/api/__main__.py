@@ -2,14 +2,16 @@
 
 import sys
 
-import uvloop
-
-from core import role
-from services.api.serving import serve
+from core.loading import loading
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the API; answer the exit code."""
+    with loading():
+        import uvloop
+
+        from core import role
+        from services.api.serving import serve
     return role.run("api", serve, uvloop.new_event_loop, argv)
 
 

@@ -1,4 +1,4 @@
-"""``rowlock worker``, ``python -m services.worker``: the launcher; the asyncio worker itself is `serve`."""
+"""``rowlock worker``, ``python -m services.worker``: the launcher; the worker itself is `kept`."""
 
 import sys
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker under its keeper; answer the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(arguments):
-        from services.worker.serve import main as serve
+        from services.worker.kept import main as kept
 
-        return serve(list(arguments))
+        return kept(list(arguments))
     return launch(arguments)
 
 

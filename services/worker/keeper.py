@@ -84,7 +84,7 @@ def _run_keeper(argv: Sequence[str], writing: int) -> None:
     code = 1
     try:
         os.setsid()
-        keeper = Keeper([sys.executable, "-m", "services.worker.serve", *argv])
+        keeper = Keeper([sys.executable, "-m", "services.worker.kept", *argv])
         code = keeper.keep()
         with suppress(BrokenPipeError):  # the launcher was killed: what we keep matters all the same
             keeps = bool(proc.children(os.getpid()))

@@ -2,14 +2,13 @@
 
 import asyncio
 import resource
-import sys
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import structlog
 
-from core import role, streams
+from core import streams
 from core.batch import Batcher
 from core.db import nodes
 from core.db.connection import CONNECTION_ERRORS, notify
@@ -19,7 +18,6 @@ from core.records import Ending, Output
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
 from services.worker import claim, health, keeper, proc, process, report
-from services.worker.loop import new_event_loop
 from services.worker.node import Node, Run, Superseded, heartbeat_once, join
 from services.worker.recover import recover
 from services.worker.spool import Spool
@@ -155,14 +153,3 @@ async def _until_idle(node: Node, *, all_of_them: bool = True) -> None:
 async def _tidy_once() -> int:
     process.reap_orphans()
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the worker; answer the exit code. Where nobody keeps what runs on, this process does from now on."""
-    code = role.run("worker", serve, new_event_loop, argv)
-    keeper.leave(scripts=process.has_scripts())
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,7 @@ from services.api import cancel, database
 from services.scheduler import dispatch, lead
 from services.worker import claim, keeper, process, recover, supervise
 
-WORKER = "services.worker.serve"
+WORKER = "services.worker.kept"
 
 
 @dataclass(frozen=True, slots=True)

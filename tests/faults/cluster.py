@@ -264,7 +264,7 @@ class Cluster:
         """The asyncio worker below a launcher and its keeper, if one lives at this moment."""
         for keeper in self.keeper_pids(role):
             for pid in proc.children(keeper):
-                if "services.worker.serve" in cmdline(pid) and not _is_dead(pid):
+                if "services.worker.kept" in cmdline(pid) and not _is_dead(pid):
                     return pid
         return None
 
