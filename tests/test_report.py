@@ -136,9 +136,9 @@ async def wires(node: Node, settings: Settings) -> AsyncIterator[Wires]:
     found = Wires(settings.postgres_dsn)
     await found.mend()
     by_it = settings.model_copy(update={"database_url": SecretStr(found.url)})
-    node.reports = Line(by_it, "worker", **PLANNED_ONCE)
+    node.line = Line(by_it, "worker", **PLANNED_ONCE)
     yield found
-    node.reports.close()
+    node.line.close()
     await found.close()
 
 

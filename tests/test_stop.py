@@ -139,7 +139,7 @@ async def test_who_recovers(lost: Deaf, pool: Pool, monkeypatch: pytest.MonkeyPa
 async def test_who_reports(lost: Deaf, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocations, "turn_over", lost)
     node: Any = SimpleNamespace(
-        reports=pool,
+        line=pool,
         name="n1",
         incarnation=1,
         recovered=True,

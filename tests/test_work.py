@@ -159,7 +159,7 @@ async def test_a_start_and_an_end(
         node.runs[run.attempt] = run
         begun.append(run)
 
-    node.claims = node.reports = line
+    node.line = line
     async with line.acquire() as own:
         await own.execute("UPDATE nodes SET admin_state = 'DRAIN' WHERE name = 'large'")
         node.incarnation = await register(own, a_node("n1", batch, spool_id=node.spool.open()))
@@ -173,6 +173,16 @@ async def test_a_start_and_an_end(
     async with watched.work() as work:
         await write_endings(node, [an_ending(attempt) for attempt in attempts], begin)
     assert (len(begun), work.statements, work.commits) == (batch + taken, *an_end)
+
+
+async def test_a_look_of_an_idle_node(watched: Watched, line: Line, node: Node) -> None:
+    """It looks once a second, and there may be a thousand of them."""
+    node.line = line
+    await claim.look_once(node, lambda _: None)  # its statement is prepared
+    async with watched.work() as work:
+        await claim.look_once(node, lambda _: None)
+    assert (work.statements, work.commits) == (1, 0)
+    assert work.calls <= ROUND_TRIP
 
 
 @pytest.mark.parametrize("batch", BATCHES)

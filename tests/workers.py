@@ -25,7 +25,7 @@ async def joined(settings: Settings, pool: Pool, tmp_path: Path, connection: asy
     granting = settings.model_copy(update={"requeue_after": 60.0})
     incarnation = await register(connection, a_node(spool_id=identity))
     host, scripts = describe_host(granting, identity), Scripts(spool.script_dir)
-    found = Node(granting, pool, pool, pool, host, spool, scripts, incarnation, proc.now(), granting.roots, 1)  # type: ignore[arg-type]
+    found = Node(granting, pool, pool, host, spool, scripts, incarnation, proc.now(), granting.roots, 1)  # type: ignore[arg-type]
     found.hear(found.heard)
     found.recovered, found.trouble = True, None
     return found

@@ -38,7 +38,7 @@ async def start(node: Node, attempts: Sequence[Attempt], begin: Begin) -> None:
     if not attempts or node.draining:
         return
     async with node.claiming:
-        async with node.claims.acquire() as connection:
+        async with node.line.acquire() as connection:
             if node.is_silent:  # asked now: both may have been waited for
                 return
             try:
@@ -55,12 +55,13 @@ async def start(node: Node, attempts: Sequence[Attempt], begin: Begin) -> None:
 
 async def look_once(node: Node, begin: Begin) -> int:
     """Compare the tables with what runs here: start what was missed, end what was cancelled or is not ours any more."""
-    async with node.claiming, node.pool.acquire() as connection:
+    async with node.claiming, node.line.acquire() as connection:
         held = {Attempt(h.job_id, h.attempt): h for h in await allocations.of_node(connection, node.name)}
         lost = [a for a, h in held.items() if h.state is State.RUNNING and a not in node.runs]
         # Read again: a run leaves `runs` only after the commit that ends it, so what is RUNNING in a second look
         # and still not here was started by a commit whose answer never came. It has not been launched.
-        for spec in await jobs.running(connection, lost, node=node.name, incarnation=node.incarnation):
+        specs = await jobs.running(connection, lost, node=node.name, incarnation=node.incarnation) if lost else []
+        for spec in specs:
             if Attempt(spec.job_id, spec.attempt) not in node.runs and not (node.draining or node.is_silent):
                 begin(Run(spec))
     for attempt, run in list(node.runs.items()):

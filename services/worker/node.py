@@ -38,7 +38,7 @@ from services.worker.launch import describe_host
 from services.worker.process import Script
 from services.worker.spool import Holder, Spool
 
-POOL_SIZE = 2
+POOL_SIZE = 1
 LOCK_PAUSE_SECONDS = 0.05
 LOCK_PATIENCE_SECONDS = 5
 FIRST_TROUBLE_SECONDS = 0.5
@@ -124,10 +124,8 @@ class Node:
 
     settings: Settings
     pool: Pool
-    claims: Line
-    """For starts, under `claiming`."""
-    reports: Line
-    """For ends, and what starts in their place."""
+    line: Line
+    """For what may start something, under `claiming`."""
     host: Host
     spool: Spool
     scripts: Scripts
@@ -207,11 +205,10 @@ async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExit
     crash.here("worker.registered")
     patience = 2 * settings.heartbeat_seconds + LOCK_PATIENCE_SECONDS
     kept_since = await hold_spool(spool, settings.node_name, incarnation, patience)
-    claims, reports = (Line(settings, "worker", **PLANNED_ONCE) for _ in range(2))
-    stack.callback(claims.close)
-    stack.callback(reports.close)
+    line = Line(settings, "worker", **PLANNED_ONCE)
+    stack.callback(line.close)
     scripts = Scripts(spool.script_dir)
-    node = Node(settings, pool, claims, reports, host, spool, scripts, incarnation, asked, settings.roots, kept_since)
+    node = Node(settings, pool, line, host, spool, scripts, incarnation, asked, settings.roots, kept_since)
     node.hear(asked)
     return node
 

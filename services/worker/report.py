@@ -35,7 +35,7 @@ async def write_endings(node: Node, endings: Sequence[Ending], begin: Begin) -> 
             refused = [e for e in endings if Attempt(e.job_id, e.attempt) not in ended]
             if not refused:
                 break
-            async with node.reports.acquire() as connection:
+            async with node.pool.acquire() as connection:
                 if unsure:
                     ended |= await _written_before(connection, refused)
                 if await nodes.is_current(connection, node.name, node.incarnation):
@@ -53,14 +53,14 @@ async def write_endings(node: Node, endings: Sequence[Ending], begin: Begin) -> 
             node.moves.add(ending.job_id, ending.state)
     if turned.free_cpus != 0:
         with suppress(*CONNECTION_ERRORS):  # a hint that is lost costs a poll of the scheduler's
-            async with node.reports.acquire() as connection:
+            async with node.pool.acquire() as connection:
                 await notify(connection)
     return written
 
 
 async def _turn_over(node: Node, endings: Sequence[Ending], begin: Begin) -> allocations.TurnOver:
     """One try. Until what it has started is among the runs, nobody looks at the tables."""
-    async with node.reports.acquire() as connection, node.claiming:
+    async with node.claiming, node.line.acquire() as connection:
         try:
             turned = await _write(connection, node, endings)
         except CONNECTION_ERRORS:

@@ -22,7 +22,7 @@ ROUND_TRIPS = 5
 FAR_SECONDS = 0.02
 CLOCK_SECONDS = 1.0
 
-CONNECTIONS: Mapping[str, int] = {"api": 10, "scheduler": 4, "worker": 4}
+CONNECTIONS: Mapping[str, int] = {"api": 10, "scheduler": 4, "worker": 2}
 """What a process of each role keeps open at most: its pool, its lines, and the scheduler's LISTEN connection."""
 
 
