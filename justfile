@@ -76,6 +76,11 @@ bench *options:
 bench-peers *options:
     {{run}} python -m bench.peers "$@"
 
+# Measure at scale, which takes long; only some of it: `just bench-scale backlog history width watchers`
+bench-scale *workloads:
+    for workload in {{ if workloads == "" { "backlog history width watchers" } else { workloads } }}; do \
+        {{run}} python -m bench.$workload || exit; done
+
 # Look for broken invariants in the live database; fails when there are any
 [positional-arguments]
 audit *options:

@@ -17,8 +17,8 @@ SCRIPTS = "scripts"
 OTHERS = "others"
 PROBE_FILES = 500
 
-# As they show in `ps`: `rowlock api` and `python -m services.api` are one role.
-_ROLE = re.compile(r"(?:rowlock |services\.)(api|scheduler|worker|standalone)\b|(valkey-server)|(postgres)")
+# As they show in `ps`: `rowlock api` and `python -m services.api` are one role, and so are those of bench/width.py.
+_ROLE = re.compile(r"(?:rowlock |services\.|bench\.)(api|scheduler|worker|standalone)\b|(valkey-server)|(postgres)")
 _NAMES = {"standalone": "supervisor", "valkey-server": "redis"}
 
 
@@ -112,6 +112,23 @@ def used(before: CpuTimes, after: CpuTimes, load_generator: float) -> dict[str, 
     found["load generator"] = load_generator
     found[OTHERS] = max(0.0, after.machine - before.machine - sum(found.values()))
     return {role: round(seconds, 3) for role, seconds in found.items()}
+
+
+def memory(stack_pid: int) -> dict[str, int]:
+    """KiB by role: what several processes share counts for each with its part of it (PSS)."""
+    by_role: defaultdict[str, int] = defaultdict(int)
+    for pid in (stack_pid, *_descendants(stack_pid)):
+        if (role := _role(pid)) is not None:
+            by_role[role] += _pss(pid)
+    return dict(by_role)
+
+
+def _pss(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:  # it has ended meanwhile
+        return 0
+    return int(text.partition("\nPss:")[2].split(maxsplit=1)[0])
 
 
 def _busy() -> float:

@@ -78,15 +78,16 @@ def _limit(results: Mapping[str, Any]) -> Spread:
 
 def render(results: Mapping[str, Any]) -> str:
     """The table."""
-    lines = [*_machine_lines(results)]
+    lines = [*machine_lines(results)]
     if results.get("latency"):
         lines += ["", *_latency_lines(results["latency"], results["latency_load"])]
     if results.get("bursts"):
         lines += ["", *_burst_lines(results), "", *_cost_lines(results["bursts"])]
-    return "\n".join([*lines, "", *_target_lines(results)])
+    return "\n".join([*lines, "", *target_lines(targets(results))])
 
 
-def _machine_lines(results: Mapping[str, Any]) -> list[str]:
+def machine_lines(results: Mapping[str, Any]) -> list[str]:
+    """What every table begins with."""
     durability = ", ".join(f"{name}={value}" for name, value in results["durability"].items())
     return [machine_line(results["machine"]), f"PostgreSQL {durability}", *_warning_lines(results["machine"])]
 
@@ -161,6 +162,7 @@ def cpu_microseconds(bursts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _target_lines(results: Mapping[str, Any]) -> list[str]:
+def target_lines(found: Sequence[Target]) -> list[str]:
+    """A line each, with whether it was met."""
     words = {True: "met", False: "NOT MET", None: "not measured"}
-    return [f"target: {target.text:<44}{target.measured:>11}   {words[target.met]}" for target in targets(results)]
+    return [f"target: {target.text:<44}{target.measured:>11}   {words[target.met]}" for target in found]

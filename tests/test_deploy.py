@@ -257,5 +257,5 @@ def test_just_alone_lists_what_there_is_with_a_line_each() -> None:
     assert done.returncode == 0, done.stderr
     listed = {line.split()[0]: "# " in line for line in done.stdout.splitlines()[1:]}
     asked = {"dev-infra", "dev-scheduler", "dev-worker", "dev-api", "up", "demo", "test", "check", "fmt", "bench"}
-    asked |= {"audit", "bench-peers", "chaos", "doctor", "reset", "logs", "scale", "pins"}
+    asked |= {"audit", "bench-peers", "bench-scale", "chaos", "doctor", "reset", "logs", "scale", "pins"}
     assert listed == dict.fromkeys(asked, True)

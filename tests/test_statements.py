@@ -4,8 +4,7 @@ import ast
 import inspect
 import json
 import pkgutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import AsyncIterator, Iterator, Sequence
 from importlib import import_module
 from random import Random
 from types import ModuleType
@@ -15,11 +14,11 @@ import asyncpg
 import pytest
 
 import core.db
-from core.db import allocations, audit, jobs, outputs, pending
+from bench.statements import HOT, Recorder, Tables
+from core.db import allocations, audit, jobs, pending
 from core.db.connection import PLANNED_ONCE, SESSION
-from core.loss import Lease, Loss
 from core.policy import plan
-from core.records import Attempt, Capacity, Ending, Output, Placement, Waiting
+from core.records import Capacity, Ending, Waiting
 from core.states import Reason, State
 from services.cli.doctor import postgres
 from services.scheduler import lead
@@ -139,81 +138,11 @@ async def test_every_statement_fits_the_schema(connection: asyncpg.Connection) -
 # Plans
 
 
-class Recorder:
-    """Stands where a connection does, and keeps what would be run."""
-
-    def __init__(self) -> None:
-        self.ran: list[tuple[str, tuple[object, ...]]] = []
-
-    async def fetch(self, text: str, *arguments: object) -> list[object]:
-        self.ran.append((text, arguments))
-        return []
-
-    async def fetchval(self, text: str, *arguments: object) -> None:
-        self.ran.append((text, arguments))
-
-    fetchrow = execute = fetchval
-
-
 WAITING = range(20_513, 120_513)
 HELD = range(20_001, 20_513)
 
 
-def attempts(count: int) -> list[Attempt]:
-    return [Attempt(job_id, 1) for job_id in HELD[:count]]
-
-
-def endings(count: int) -> list[Ending]:
-    return [Ending(job_id, 1, State.COMPLETED, Reason.NONE, exit_code=0) for job_id in HELD[:count]]
-
-
-A_LOSS = Loss(
-    Lease(
-        "n1",
-        1,
-        datetime.now(UTC),
-        alive=False,
-        draining=False,
-        holds=True,
-        grace=timedelta(),
-        requeue_after=timedelta(),
-    ),
-    requeue=True,
-    limits=datetime.now(UTC),
-)
-
-Use = Callable[[Any, int], Awaitable[object]]
-
-
-HOT: dict[str, Use] = {
-    "insert": lambda c, n: jobs.insert(c, [a_job()] * n),
-    "insert with keys": lambda c, n: jobs.insert(c, [a_job(key="1", digest=b"")] * n),
-    "stored_by": lambda c, n: jobs.stored_by(c, 0, n),
-    "by_keys": lambda c, n: jobs.by_keys(c, [a_job(key="1")] * n),
-    "get": lambda c, n: jobs.get(c, WAITING[n]),
-    "get_all": lambda c, n: jobs.get_all(c, WAITING[:n]),
-    "states": lambda c, n: jobs.states(c, WAITING[:n]),
-    "of_list": lambda c, n: jobs.of_list(c, WAITING[n], n),
-    "cancel_waiting": lambda c, n: jobs.cancel_waiting(c, WAITING[n]),
-    "request_cancel": lambda c, n: jobs.request_cancel(c, Attempt(WAITING[n], 1)),
-    "look": lambda c, n: pending.look(c, n),
-    "place": lambda c, n: allocations.place(c, [Placement(job_id, "n1", 1) for job_id in WAITING[:n]]),
-    "unclaimed": lambda c, n: allocations.unclaimed(c, 10, n),
-    "start": lambda c, n: jobs.start(c, attempts(n), node="n1", incarnation=1),
-    "running": lambda c, n: jobs.running(c, attempts(n), node="n1", incarnation=1),
-    "store": lambda c, n: outputs.store(
-        c, [Output(job_id, 1, 1, 0, None) for job_id in HELD[:n]], node="n1", incarnation=1
-    ),
-    "starts": lambda c, n: outputs.starts(c, WAITING[n]),
-    "release": lambda c, n: allocations.release(c, endings(n), node="n1", before=State.RUNNING, incarnation=1),
-    "turn_over": lambda c, n: allocations.turn_over(c, endings(n), node="n1", incarnation=1, take=True),
-    "of_node": lambda c, n: allocations.of_node(c, "n1"),
-    "stranded": lambda c, n: allocations.stranded(c, n),
-    "end_on_down": lambda c, n: allocations.end_on_down(c, n),
-    "lock_overdue": lambda c, n: allocations.lock_overdue(c, A_LOSS, n),
-    "newest": lambda c, n: jobs.page(c, jobs.Filter(), newest_first=True, after=None, limit=n),
-    "oldest": lambda c, n: jobs.page(c, jobs.Filter(), newest_first=False, after=WAITING[n], limit=n),
-}
+TABLES = Tables(WAITING, HELD, "n1", 1, a_job())
 
 LARGE = {"jobs", "pending", "job_specs", "outputs", "job_events", "idempotency_keys"}
 
@@ -254,7 +183,7 @@ async def test_a_hot_statement_reads_no_large_table(
     full: asyncpg.Connection, name: str, planned: Any, count: int
 ) -> None:
     recorder = Recorder()
-    await HOT[name](recorder, count)
+    await HOT[name](recorder, count, TABLES)
     [(text, arguments)] = recorder.ran
     found = await planned(full, text, arguments)
     assert set(scans(found)) & LARGE == set(), json.dumps(found, indent=1)
