@@ -173,5 +173,8 @@ CREATE TABLE job_events (
     PRIMARY KEY (xact, seq)
 );
 CREATE INDEX job_events_by_job ON job_events (job_id, xact, seq);
+-- What is over, by how it ended: lists ask here, as jobs has no index on its state. A job ends once.
+CREATE INDEX job_events_by_end ON job_events (to_state, job_id)
+WHERE to_state <> ALL ('{PENDING,CONFIGURING,RUNNING}');
 
 INSERT INTO rowlock_schema (version) VALUES (1);

@@ -68,6 +68,7 @@ class Tables:
 
 
 Use = Callable[[Any, int, Tables], Awaitable[object]]
+OVER_OR_NOT = jobs.Filter(states=(State.PENDING, State.RUNNING, State.COMPLETED, State.DEADLINE))
 
 HOT: Mapping[str, Use] = {
     "insert": lambda c, n, t: jobs.insert(c, [t.job] * n),
@@ -101,11 +102,13 @@ HOT: Mapping[str, Use] = {
     "lock_overdue": lambda c, n, t: allocations.lock_overdue(c, t.loss(), n),
     "newest": lambda c, n, t: jobs.page(c, jobs.Filter(), newest_first=True, after=None, limit=n),
     "oldest": lambda c, n, t: jobs.page(c, jobs.Filter(), newest_first=False, after=t.waiting[n], limit=n),
+    "newest of states": lambda c, n, t: jobs.page(c, OVER_OR_NOT, newest_first=True, after=t.waiting[-1], limit=n),
+    "oldest of states": lambda c, n, t: jobs.page(c, OVER_OR_NOT, newest_first=False, after=t.waiting[0], limit=n),
 }
 
 # In this order each finds what the one before it has done.
 _A_LIFE = ("insert", "look", "place", "stranded", "unclaimed", "start", "running", "of_node", "turn_over")
-_BESIDE = ("get", "get_all", "states", "newest", "oldest", "cancel_waiting")
+_BESIDE = ("get", "get_all", "states", "newest", "oldest", "newest of states", "oldest of states", "cancel_waiting")
 
 
 async def buffers(connection: asyncpg.Connection, tables: Tables) -> dict[str, int]:

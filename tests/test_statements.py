@@ -233,6 +233,43 @@ async def test_the_cost_of_a_turn_over_is_that_of_what_ends_and_what_is_taken(
     )
 
 
+STATES = [
+    (State.DEADLINE,),  # of no job
+    (State.PENDING,),
+    (State.CONFIGURING, State.RUNNING),
+    (State.COMPLETED,),
+    (State.COMPLETED, State.RUNNING, State.FAILED, State.PENDING),
+    tuple(State),
+]
+
+
+@pytest.mark.parametrize("states", STATES, ids=str)
+@pytest.mark.parametrize("newest_first", [True, False])
+@pytest.mark.parametrize("after", [None, 20_256])
+async def test_the_cost_of_a_list_by_states_is_that_of_what_it_shows(
+    full: asyncpg.Connection, states: tuple[State, ...], *, newest_first: bool, after: int | None
+) -> None:
+    """At both ends lies what others wait for, and in between what runs."""
+    wanted, limit = jobs.Filter(states=states), 50
+    recorder = Recorder()
+    await jobs.page(recorder, wanted, newest_first=newest_first, after=after, limit=limit)  # type: ignore[arg-type]
+    [(text, arguments)] = recorder.ran
+    [[document]] = await full.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) {text}", *arguments)
+    found = await jobs.page(full, wanted, newest_first=newest_first, after=after, limit=limit)
+    held = 2 * len(HELD) if {State.CONFIGURING, State.RUNNING} & {*states} else 0
+    assert rows_read(json.loads(document)) <= (len(states) + 5) * limit + held
+    assert [job.job_id for job in found] == [
+        row[0]
+        for row in await full.fetch(
+            "SELECT job_id FROM jobs WHERE state = ANY ($1) AND CASE WHEN $2 THEN job_id < $3 ELSE job_id > $3 END"
+            " ORDER BY CASE WHEN $2 THEN -job_id ELSE job_id END LIMIT 50",
+            states,
+            newest_first,
+            after or (10**9 if newest_first else 0),
+        )
+    ]
+
+
 def rows_read(tree: Any) -> float:
     """The rows that a plan took from tables, in all its loops."""
     if isinstance(tree, list):

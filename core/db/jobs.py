@@ -242,21 +242,78 @@ ORDER BY j.job_id LIMIT $8
 """
 
 
+_NEWEST_OF_STATES = """
+SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user,
+       j.state = 'RUNNING' AND NOT EXISTS (SELECT FROM node_leases l WHERE l.node = j.node
+                                           AND l.lease_until > clock_timestamp()) AS node_unreachable
+FROM (
+    SELECT job_id FROM (
+        (SELECT job_id FROM pending WHERE 'PENDING' = ANY ($2::text[]) AND ($1::bigint IS NULL OR job_id < $1)
+         ORDER BY job_id DESC LIMIT $3)
+        UNION ALL
+        (SELECT job_id FROM allocations JOIN jobs USING (job_id)
+         WHERE $2 && '{CONFIGURING,RUNNING}' AND state = ANY ($2) AND ($1 IS NULL OR job_id < $1)
+         ORDER BY job_id DESC LIMIT $3)
+        UNION ALL
+        SELECT job_id FROM unnest($2) AS asked (state) CROSS JOIN LATERAL (
+            SELECT job_id FROM job_events
+            WHERE to_state = asked.state AND to_state <> ALL ('{PENDING,CONFIGURING,RUNNING}')
+              AND ($1 IS NULL OR job_id < $1)
+            ORDER BY job_id DESC LIMIT $3
+        ) AS ended
+    ) AS found ORDER BY job_id DESC LIMIT $3
+) AS listed JOIN jobs j USING (job_id) JOIN job_specs s USING (job_id) LEFT JOIN nodes n ON n.name = j.node
+ORDER BY job_id DESC
+"""
+
+_OLDEST_OF_STATES = """
+SELECT j.*, s.current_working_directory, s.standard_output, s.standard_error, s.comment, n.work_base_dir, n.job_user,
+       j.state = 'RUNNING' AND NOT EXISTS (SELECT FROM node_leases l WHERE l.node = j.node
+                                           AND l.lease_until > clock_timestamp()) AS node_unreachable
+FROM (
+    SELECT job_id FROM (
+        (SELECT job_id FROM pending WHERE 'PENDING' = ANY ($2::text[]) AND ($1::bigint IS NULL OR job_id > $1)
+         ORDER BY job_id LIMIT $3)
+        UNION ALL
+        (SELECT job_id FROM allocations JOIN jobs USING (job_id)
+         WHERE $2 && '{CONFIGURING,RUNNING}' AND state = ANY ($2) AND ($1 IS NULL OR job_id > $1)
+         ORDER BY job_id LIMIT $3)
+        UNION ALL
+        SELECT job_id FROM unnest($2) AS asked (state) CROSS JOIN LATERAL (
+            SELECT job_id FROM job_events
+            WHERE to_state = asked.state AND to_state <> ALL ('{PENDING,CONFIGURING,RUNNING}')
+              AND ($1 IS NULL OR job_id > $1)
+            ORDER BY job_id LIMIT $3
+        ) AS ended
+    ) AS found ORDER BY job_id LIMIT $3
+) AS listed JOIN jobs j USING (job_id) JOIN job_specs s USING (job_id) LEFT JOIN nodes n ON n.name = j.node
+ORDER BY job_id
+"""
+
+
 async def page(
     connection: Connection, wanted: Filter, *, newest_first: bool, after: int | None, limit: int
 ) -> list[Job]:
-    """The next `limit` jobs behind job `after` in the order of submission, or against it."""
-    rows = await connection.fetch(
-        _NEWEST if newest_first else _OLDEST,
-        after,
-        wanted.states,
-        wanted.account,
-        wanted.name,
-        wanted.node,
-        wanted.submitted_after,
-        wanted.submitted_before,
-        limit,
-    )
+    """The next `limit` jobs behind job `after` in the order of submission, or against it.
+
+    Walked to along an index: all jobs, those of an account, those of a name; or, when nothing else is asked for, those
+    in each of some states.
+    """
+    if wanted == Filter(states=wanted.states) and wanted.states is not None:
+        statement = _NEWEST_OF_STATES if newest_first else _OLDEST_OF_STATES
+        rows = await connection.fetch(statement, after, wanted.states, limit)
+    else:
+        rows = await connection.fetch(
+            _NEWEST if newest_first else _OLDEST,
+            after,
+            wanted.states,
+            wanted.account,
+            wanted.name,
+            wanted.node,
+            wanted.submitted_after,
+            wanted.submitted_before,
+            limit,
+        )
     return [_job(row) for row in rows]
 
 
