@@ -469,4 +469,4 @@ def test_what_is_wrong_is_found(
     assert old in text
     monkeypatch.setattr(module, name, text.replace(old, new))
     with pytest.raises((AssertionError, asyncpg.PostgresError)):
-        play(server, max_examples=400, phases=[Phase.generate], database=None, derandomize=True)
+        play(server, max_examples=1500, phases=[Phase.generate], database=None, derandomize=True)

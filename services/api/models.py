@@ -407,7 +407,9 @@ def _name_faults(job: JobRequest, site: Site) -> Iterable[Fault]:
     """Names of files that only become too long when the pattern is filled in."""
     for field in ("standard_output", "standard_error"):
         pattern: str | None = getattr(job, field)
-        filled = patterns.expand(pattern or "", job_id=1, name=job.name, user=site.user, node="", restart_cnt=0)
+        if pattern is None or "%" not in pattern:
+            continue
+        filled = patterns.expand(pattern, job_id=1, name=job.name, user=site.user, node="", restart_cnt=0)
         if any(len(part.encode()) > patterns.MAX_COMPONENT for part in filled.split("/")):
             longest = patterns.MAX_COMPONENT
             yield Fault(f"is longer than {longest} bytes when it is filled in", f"/job/{field}")

@@ -120,7 +120,7 @@ DEFECTS: dict[str, Defect] = {
     "start-by-any-incarnation": Defect(
         "the start of an attempt does not ask for the worker's incarnation",
         lambda: _text(jobs, "_START", "node = $3 AND incarnation = $4 AND", "node = $3 AND"),
-        "a_worker_that_lost_its_node_reads_on",
+        "a_start_arrives_after_its_node_was_taken",
     ),
     "release-apart": Defect(
         "the CPUs come back in a transaction of their own, after the one that ends the job",

@@ -215,7 +215,7 @@ async def the_answer_to_a_requeue_is_lost(run: Run) -> None:
     await _registers(run, again, incarnation)
 
 
-@scenario(settings={"lease_seconds": 1.0, "heartbeat_seconds": 0.2, "requeue_after": 6.0})
+@scenario(settings={"lease_seconds": 1.0, "heartbeat_seconds": 0.2, "requeue_after": 6.0}, patience=20.0)
 async def an_end_of_an_earlier_worker_comes_late(run: Run) -> None:
     """It calls lost what a newer worker, of the spool that started it, has taken over alive."""
     [first] = run.cluster.of("worker")
@@ -249,6 +249,28 @@ async def a_worker_that_lost_its_node_reads_on(run: Run) -> None:
     for _ in range(12):
         await a_job(run, sleeps(0.5))
         await asyncio.sleep(0.1)
+
+
+@scenario(settings={"lease_seconds": 1.0, "heartbeat_seconds": 0.2, "requeue_after": 6.0})
+async def a_start_arrives_after_its_node_was_taken(run: Run) -> None:
+    """Its worker hears nothing else, nor does the scheduler, which would have taken the job back by then."""
+    [first], [scheduler] = run.cluster.of("worker"), run.cluster.of("scheduler")
+    incarnation = await _incarnation(run)
+    first.kept, first.struck = False, True
+    first.postgres.hold(jobs._START, alone=True)
+    await a_job(run, sleeps(3))
+    await asyncio.wait_for(first.postgres.tripped.wait(), 20)
+    scheduler.postgres.silence()
+    first.postgres.lose(nodes._HEARTBEAT, Fault.HOLE_BEFORE)
+    await _lease_over(run)
+    other = await run.cluster.add_worker("other", "n1", "elsewhere")
+    other.postgres.hold(jobs._START, alone=True)
+    await _registers(run, other, incarnation)
+    await asyncio.wait_for(other.postgres.tripped.wait(), 20)
+    first.postgres.let_arrive()
+    await asyncio.sleep(1)  # it is refused, which nobody sees
+    for role in (other, first, scheduler):
+        await role.postgres.let_go()
 
 
 @scenario()

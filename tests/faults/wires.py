@@ -76,9 +76,13 @@ class Wires(Proxy):
         self._let_go.clear()
         self._waiting = _Trap(statement.encode()[:SHOWN], None, alone)
 
-    async def let_go(self) -> None:
-        """Let arrive what was held."""
+    def let_arrive(self) -> None:
+        """Let arrive what was held; what is lost stays so."""
         self._let_go.set()
+
+    async def let_go(self) -> None:
+        """Let arrive what was held, and lose nothing any more."""
+        self.let_arrive()
         await self.mend()
 
     def keep(self) -> None:
