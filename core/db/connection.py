@@ -106,15 +106,19 @@ async def _opened(settings: Settings, *arguments: Any, **options: Any) -> asyncp
     return connection
 
 
-async def open_pool(settings: Settings, role: str, size: int, **more: str) -> Pool:
+async def open_pool(
+    settings: Settings, role: str, size: int, command_seconds: float = COMMAND_SECONDS, /, **more: str
+) -> Pool:
     """Open a pool of at most `size` connections, waiting for the server as long as it takes.
 
-    `more` are server settings of its own, PLANNED_ONCE for instance.
+    A connection that is silent for `command_seconds` is given up after as long again, in which asyncpg tries to take
+    the command back. `more` are server settings of its own, PLANNED_ONCE for instance.
     """
     log = structlog.get_logger()
     said = ""
     options = {
         **_options(settings, role, **more),
+        "command_timeout": command_seconds,
         "connect": partial(_opened, settings),
         "max_inactive_connection_lifetime": 0,
     }

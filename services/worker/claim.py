@@ -62,7 +62,7 @@ async def look_once(node: Node, begin: Begin) -> int:
         # and still not here was started by a commit whose answer never came. It has not been launched.
         specs = await jobs.running(connection, lost, node=node.name, incarnation=node.incarnation) if lost else []
         for spec in specs:
-            if Attempt(spec.job_id, spec.attempt) not in node.runs and not (node.draining or node.is_silent):
+            if Attempt(spec.job_id, spec.attempt) not in node.runs and not node.is_silent:
                 begin(Run(spec))
     for attempt, run in list(node.runs.items()):
         holding = held.get(attempt)

@@ -39,6 +39,8 @@ from services.worker.process import Script
 from services.worker.spool import Holder, Spool
 
 POOL_SIZE = 1
+COMMAND_SECONDS = 8.0
+"""Of the pool: its one connection carries the heartbeats, and twice that, silent, must be less than a lease."""
 LOCK_PAUSE_SECONDS = 0.05
 LOCK_PATIENCE_SECONDS = 5
 FIRST_TROUBLE_SECONDS = 0.5
@@ -194,7 +196,7 @@ class Node:
 async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExitStack) -> Node:
     """Become the node's worker; what is opened for that is closed with `stack`. Raises NodeNameTaken, SettingsError."""
     check_spool(spool, settings.node_name)
-    pool = await open_pool(settings, "worker", POOL_SIZE, **PLANNED_ONCE)
+    pool = await open_pool(settings, "worker", POOL_SIZE, COMMAND_SECONDS, **PLANNED_ONCE)
     stack.callback(pool.terminate)
     await schema.ensure(pool)
     host, secret = describe_host(settings, identity), secrets.token_urlsafe(32)

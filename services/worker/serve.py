@@ -18,13 +18,13 @@ from core.records import Ending, Output
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
 from services.worker import claim, health, keeper, proc, process, report
-from services.worker.node import Node, Run, Superseded, heartbeat_once, join
+from services.worker.node import Begin, Node, Run, Superseded, heartbeat_once, join
 from services.worker.recover import recover
 from services.worker.spool import Spool
 from services.worker.supervise import supervise
 
 # What a stop may take beyond the jobs' own grace period: killing, sweeping, and the last report.
-STOP_SECONDS = 15
+STOP_SECONDS = 20
 TIDY_SECONDS = 30
 SILENCE_LOOK_SECONDS = 1
 
@@ -100,11 +100,23 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
         await stop.wait()
         node.draining = True
         node.beat.set()
+        if node.recovered:
+            await _look_for_starts(node, begin)
         for task in starts:
             task.cancel()
         await _drain(node, heartbeat)
         for task in [*duties, *supervisions]:
             task.cancel()
+
+
+async def _look_for_starts(node: Node, begin: Begin) -> None:
+    """Give back jobs whose start is on its way, or whose answer was lost.
+
+    Cut off, they would be RUNNING for ever where no worker comes back.
+    """
+    with suppress(*CONNECTION_ERRORS):
+        async with asyncio.timeout(STOP_SECONDS):
+            await claim.look_once(node, begin)
 
 
 async def _beat_once(node: Node) -> int:

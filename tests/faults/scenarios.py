@@ -12,6 +12,7 @@ from typing import Any
 
 from core import streams
 from core.db import allocations, jobs, nodes
+from services.standalone.child import Step
 from tests.faults import ledger
 from tests.faults.cluster import Role, cluster
 from tests.faults.evidence import Sent
@@ -271,6 +272,23 @@ async def a_start_arrives_after_its_node_was_taken(run: Run) -> None:
     await asyncio.sleep(1)  # it is refused, which nobody sees
     for role in (other, first, scheduler):
         await role.postgres.let_go()
+
+
+@scenario(nodes={"n1": 4, "n2": 4})
+async def a_worker_is_stopped_while_its_start_is_on_its_way(run: Run) -> None:
+    """And nobody comes back to its node: the job waits for another one."""
+    role, another = run.cluster.of("worker")
+    for worker in (role, another):
+        worker.kept, worker.struck = False, True
+    assert another.child is not None
+    await another.child.stop((Step(signal.SIGTERM, 30),))
+    role.postgres.lose(jobs._START, Fault.HOLE_AFTER)
+    sent = await a_job(run, sleeps(0))
+    await asyncio.wait_for(role.postgres.tripped.wait(), 20)
+    assert role.child is not None
+    role.child.process.send_signal(signal.SIGTERM)
+    await is_in(run, sent, "PENDING")
+    await run.cluster.add_worker("again", "n2")
 
 
 @scenario()
