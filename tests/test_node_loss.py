@@ -772,6 +772,7 @@ async def test_a_worker_that_stops_leaves_redis_to_who_still_uses_it(
 ) -> None:
     """A duty whose connection is taken away in the middle of a command fails in a way that nobody expects."""
     stop, drained, using, closed_in_use = asyncio.Event(), asyncio.Event(), True, []
+    aclose = Redis.aclose
 
     async def consumes(*_: Any) -> int:
         nonlocal using
@@ -787,8 +788,9 @@ async def test_a_worker_that_stops_leaves_redis_to_who_still_uses_it(
         heartbeat.cancel()
         drained.set()
 
-    async def closes(_: Redis) -> None:
+    async def closes(client: Redis) -> None:
         closed_in_use.append(using)
+        await aclose(client)
 
     monkeypatch.setattr(claim, "consume_once", consumes)
     monkeypatch.setattr(serve, "_drain", drains)
