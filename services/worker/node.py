@@ -40,7 +40,7 @@ from services.worker.spool import Holder, Spool
 
 POOL_SIZE = 1
 COMMAND_SECONDS = 8.0
-"""Of the pool: its one connection carries the heartbeats, and twice that, silent, must be less than a lease."""
+"""Of the pool: its one connection carries the heartbeats, and twice that, silent, is less than a lease of 30 s."""
 LOCK_PAUSE_SECONDS = 0.05
 LOCK_PATIENCE_SECONDS = 5
 FIRST_TROUBLE_SECONDS = 0.5

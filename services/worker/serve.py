@@ -11,7 +11,7 @@ import structlog
 from core import streams
 from core.batch import Batcher
 from core.db import nodes
-from core.db.connection import CONNECTION_ERRORS, notify
+from core.db.connection import CONNECTION_ERRORS, describe, notify
 from core.duty import NEVER, repeat
 from core.errors import SettingsError
 from core.records import Ending, Output
@@ -24,7 +24,9 @@ from services.worker.spool import Spool
 from services.worker.supervise import supervise
 
 # What a stop may take beyond the jobs' own grace period: killing, sweeping, and the last report.
-STOP_SECONDS = 20
+STOP_SECONDS = 15
+# Before that, and only while PostgreSQL is silent: for a start under way, which may take the whole of a command.
+LAST_LOOK_SECONDS = 20
 TIDY_SECONDS = 30
 SILENCE_LOOK_SECONDS = 1
 
@@ -114,9 +116,11 @@ async def _look_for_starts(node: Node, begin: Begin) -> None:
 
     Cut off, they would be RUNNING for ever where no worker comes back.
     """
-    with suppress(*CONNECTION_ERRORS):
-        async with asyncio.timeout(STOP_SECONDS):
+    try:
+        async with asyncio.timeout(LAST_LOOK_SECONDS):
             await claim.look_once(node, begin)
+    except CONNECTION_ERRORS as error:
+        structlog.get_logger().warning("starts_not_looked_for", error=describe(error))
 
 
 async def _beat_once(node: Node) -> int:
