@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import redis.asyncio as redis
 import structlog
@@ -26,13 +26,14 @@ MAX_LENGTH = 100_000
 BLOCK_MS = 2_000
 ANSWER_SECONDS = 5  # longer than BLOCK_MS, or a blocked read would be cut and sent again
 
-Kind = Literal["run", "cancel"]
+Kind = Literal["run", "cancel", "take"]
 Command = tuple[str | bytes | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One entry of a node's stream: a hint that an attempt is to be run, or that its cancel is requested."""
+    """One entry of a node's stream: a hint that an attempt is to be run, that its cancel is requested, or that it waits
+    and there may be room for it."""
 
     entry_id: bytes
     kind: Kind
@@ -104,8 +105,8 @@ async def _answer(connection: AbstractConnection) -> Any:
         return refusal
 
 
-async def publish(link: Link, kind: Kind, dispatches: Sequence[Dispatch]) -> None:
-    """Add a message for each attempt to its node's stream, all in one go.
+async def publish(link: Link, kind: Kind, dispatches: Sequence[Dispatch]) -> int:
+    """Add a message for each attempt to its node's stream, all in one go; answer how many were refused.
 
     A stream that takes none does not hold up its neighbours; that no stream took anything is raised.
     """
@@ -113,6 +114,7 @@ async def publish(link: Link, kind: Kind, dispatches: Sequence[Dispatch]) -> Non
     refused = [answer for answer in answers if isinstance(answer, Exception)]
     if refused and len(refused) == len(answers):
         raise refused[0]
+    return len(refused)
 
 
 def _message(kind: Kind, dispatch: Dispatch) -> Command:
@@ -211,7 +213,7 @@ def _parse(entry_id: bytes, words: list[bytes] | None) -> Message | None:
         attempt = Attempt(int(fields[b"job_id"]), int(fields[b"attempt"]))
     except (KeyError, ValueError, UnicodeDecodeError):
         return None
-    if kind not in ("run", "cancel") or not (0 < attempt.job_id < 2**63 and 0 < attempt.attempt < 2**31):
+    if kind not in get_args(Kind) or not (0 < attempt.job_id < 2**63 and 0 < attempt.attempt < 2**31):
         return None
     return Message(entry_id, kind, attempt)  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,18 @@ def a_node(name: str = "n1", cpus: int = 4, **changes: Any) -> NodeSpec:
         requeue_after_seconds=60,
     )
     return replace(plain, **changes)
+
+
+def a_spec(**change: Any) -> JobSpec:
+    """What a worker would have started."""
+    spec = JobSpec(
+        job_id=7, attempt=2, restart_cnt=0, name="n", account="a", partition="default", tasks=2,
+        cpus_per_task=3, cpus=6, memory_mib=None, time_limit_seconds=None, requeue=False,
+        start_time=datetime.fromtimestamp(1000, UTC),
+        script="#!/bin/sh\n", environment={}, current_working_directory=None, standard_output="o",
+        standard_error=None, cpus_per_task_given=False, tasks_per_node_given=False,
+    )  # fmt: skip
+    return replace(spec, **change)
 
 
 def an_ending(attempt: Attempt, state: State = State.COMPLETED) -> Ending:

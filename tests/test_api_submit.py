@@ -1,21 +1,24 @@
 """Storing submissions: held against the nodes there are, in few statements, each by itself when one is bad."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+import redis.asyncio as redis
 
+from core import streams
 from core.db.audit import audit
 from core.errors import Unavailable
 from core.records import NewJob
 from services.api import submit
 from services.api.problems import Problem
 from tests.api import Api, api_of_a_module, check_problem
-from tests.builders import a_job, a_node, register
+from tests.builders import a_job, a_node, register, until
 from tests.conftest import Databases
 
 pytestmark = pytest.mark.anyio
@@ -201,19 +204,80 @@ def test_parts_are_cut_where_they_grow_too_large(
     assert [job for part in found for job in part] == batch
 
 
-# --- the scheduler hears of it
+# --- the scheduler hears of it, or a node that has room
+
+
+@asynccontextmanager
+async def listening(api: Api) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Answers how to wait until the scheduler is woken."""
+    heard: asyncio.Queue[int] = asyncio.Queue()
+    listener = await asyncpg.connect(api.settings.postgres_dsn)
+
+    async def woken() -> None:
+        async with asyncio.timeout(10):
+            await heard.get()
+
+    try:
+        await listener.add_listener("rowlock_wake", lambda *_: heard.put_nowait(1))
+        yield woken
+    finally:
+        await listener.close()
+
+
+async def told(api: Api, node: str) -> list[tuple[bytes, int]]:
+    """What a node was told: kind and job."""
+    entries = await api.state.redis.xrange(streams.stream_of(node))
+    return [(fields[b"kind"], int(fields[b"job_id"])) for _, fields in entries]
 
 
 async def test_the_scheduler_is_woken_after_the_commit(api: Api) -> None:
-    heard: asyncio.Queue[int] = asyncio.Queue()
-    listener = await asyncpg.connect(api.settings.postgres_dsn)
-    try:
-        await listener.add_listener("rowlock_wake", lambda *_: heard.put_nowait(1))
+    """No node has room: there is none."""
+    async with listening(api) as woken:
         await api.submit()
-        async with asyncio.timeout(10):
-            await heard.get()
-    finally:
-        await listener.close()
+        await woken()
+
+
+async def test_the_first_node_with_room_is_told_of_a_job_that_came_alone(api: Api) -> None:
+    full, small, first, second = (f"room-{name}" for name in ("a", "b", "c", "d"))
+    for node, cpus in ((full, 4), (small, 1), (first, 4), (second, 4)):
+        await register(api.database, a_node(node, cpus, partitions=("room",)))
+    await api.database.execute("UPDATE nodes SET alloc_cpus = 4 WHERE name = $1", full)
+    job = await api.submit(cpus_per_task=2, partition="room")
+    await until(lambda: told(api, first))
+    assert await told(api, first) == [(b"take", job["job_id"])]
+    assert [await told(api, node) for node in (full, small, second)] == [[], [], []]
+    await api.database.execute("UPDATE nodes SET alloc_cpus = 0 WHERE name = $1", full)
+
+
+async def test_the_scheduler_is_woken_for_what_no_node_has_room_for_now(api: Api) -> None:
+    await register(api.database, a_node("filled", 2, partitions=("filled",)))
+    await api.database.execute("UPDATE nodes SET alloc_cpus = 1 WHERE name = 'filled'")
+    async with listening(api) as woken:
+        await api.submit(cpus_per_task=2, partition="filled")
+        await woken()
+    await api.database.execute("UPDATE nodes SET alloc_cpus = 0 WHERE name = 'filled'")
+    assert await told(api, "filled") == []
+
+
+async def test_the_scheduler_is_woken_where_no_node_can_be_told(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    await register(api.database, a_node("deaf", 2, partitions=("deaf",)))
+
+    async def refused(*_: object) -> None:
+        raise redis.ConnectionError("no")
+
+    monkeypatch.setattr(streams, "publish", refused)
+    async with listening(api) as woken:
+        await api.submit(partition="deaf")
+        await woken()
+
+
+async def test_the_scheduler_is_woken_for_many_at_once(api: Api) -> None:
+    await register(api.database, a_node("wide", 4, partitions=("wide",)))
+    one = {"job": {"account": "test", "partition": "wide"}, "script": "#!/bin/sh\n"}
+    async with listening(api) as woken:
+        assert (await api.post({"jobs": [one] * 3})).status == 201
+        await woken()
+    assert await told(api, "wide") == []
 
 
 # --- a folder's name is looked at, the folder never is

@@ -164,5 +164,5 @@ async def test_a_very_small_run(settings: Settings, tmp_path: Path) -> None:
             assert result.cpu_seconds.keys() >= {"api", "scheduler", "worker", "scripts"}
         peaceful, waited = await asyncio.to_thread(latency.series, port, 1)
     for sample in (*peaceful, *waited):
-        assert sample.posted < sample.allocate_time < sample.start_time < sample.first_line < sample.end_time
+        assert sample.posted < sample.allocate_time <= sample.start_time < sample.first_line < sample.end_time
         assert sample.end_time < sample.seen

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from redis.exceptions import RedisError, ResponseError
 from structlog.testing import capture_logs
 
-from core import duty, streams
+from core import duty, streams, taken
 from core.db import jobs
 from core.db.connection import Pool, notify
 from core.moves import Ear
@@ -20,13 +20,14 @@ from core.records import Attempt, Dispatch
 from core.settings import Settings
 from core.states import State
 from core.streams import Command, Link, Message, Reader
+from core.taken import Taken
 from core.wakeup import Wakeup
 from services.scheduler import allocate, dispatch, lead, reap
 from services.scheduler import serve as scheduler
 from services.scheduler.allocate import allocate_once
 from services.scheduler.dispatch import UNCLAIMED_SECONDS, Outbox, dispatch_once, republish_once
 from services.scheduler.reap import reap_once
-from tests.builders import LONG, a_job, a_node, finish, give, register, start, state_of, submit, until
+from tests.builders import LONG, a_job, a_node, a_spec, finish, give, register, start, state_of, submit, until
 from tests.proxy import Fault, proxied
 
 pytestmark = pytest.mark.anyio
@@ -487,6 +488,24 @@ async def leading(settings: Settings, wake: Wakeup, *duties: Callable[[], Awaita
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_the_leader_logs_what_workers_have_taken(
+    settings: Settings, connection: asyncpg.Connection, pool: Pool
+) -> None:
+    node, led = 'n "1"', Led()
+    async with leading(settings, Wakeup(), led):
+        await until(lambda: led.now)
+        with capture_logs() as logs:
+            for rubbish in ("", "x", "1", "[]", '["n1", 5]', '["n1", [[1, 2]]]', '["n1", [["x", 1, 1]]]', "[" * 5000):
+                await connection.execute("SELECT pg_notify($1, $2)", taken.CHANNEL, rubbish)
+            own = Taken()
+            own.add([a_spec(job_id=2**62, attempt=3, cpus=4)])
+            assert await own.tell_once(pool, node) == 1
+            await until(lambda: logs)
+    assert logs == [
+        {"event": "job_allocated", "log_level": "info", "job_id": 2**62, "attempt": 3, "node": node, "cpus": 4}
+    ]
 
 
 class Led:

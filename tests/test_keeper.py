@@ -140,7 +140,7 @@ async def test_a_job_that_ends_while_no_worker_is_alive(system: System) -> None:
 
 async def test_what_its_worker_did_not_come_to_start_is_not_started_after_its_cancel(system: System) -> None:
     first = system.children[-1]
-    system.start_worker(system.node, 16, ROWLOCK_CRASH="worker.started")
+    system.start_worker(system.node, 16, ROWLOCK_CRASH="worker.turned")
     crashes = system.children[-1]
     assert await first.wait() == 3
     stat = read_stat(system.worker_pid())

@@ -307,7 +307,7 @@ class Life(RuleBasedStateMachine):
                 self._ended(self.jobs[ending.job_id], before, ending)
 
     def attempts_end_for_good(self, data: st.DataObject) -> None:
-        """Any that there ever were; what waits next begins in their place, where a pass could place it, too."""
+        """Any that there ever were, or none; what waits next begins, where a pass could place it, too."""
         name, attempts = data.draw(st.sampled_from(NAMES)), self._some(data, State.RUNNING)
         if attempts and data.draw(st.booleans()):
             name = self.jobs[attempts[-1].job_id].node or name  # or most would be somebody else's
@@ -316,13 +316,14 @@ class Life(RuleBasedStateMachine):
         endings = [_ending(attempt, data.draw(after), ran=True) for attempt in attempts]
         place = self.nodes.get(name)
         incarnation = (place.incarnation if place else 1) - back
-        expected = {a for a in attempts if place is not None and back == 0 and self._is(a, State.RUNNING, name)}
+        fit = place is not None and back == 0
+        expected = {a for a in attempts if fit and self._is(a, State.RUNNING, name)}
         turned = self.do(allocations.turn_over(self.db, endings, node=name, incarnation=incarnation, take=take))
         assert turned.ended == expected
         for ending in endings:
             if Attempt(ending.job_id, ending.attempt) in expected:
                 self._ended(self.jobs[ending.job_id], State.RUNNING, ending)
-        begun = self._next_on(name) if take and expected else []
+        begun = self._next_on(name) if take and fit and (expected or not attempts) else []
         assert sorted((spec.job_id, spec.attempt, spec.restart_cnt) for spec in turned.begun) == [
             (job_id, self.jobs[job_id].attempt + 1, self.jobs[job_id].restarts) for job_id in begun
         ]
@@ -331,7 +332,9 @@ class Life(RuleBasedStateMachine):
             job.state, job.attempt, job.node = State.RUNNING, job.attempt + 1, name
             self.everything.append(Attempt(job_id, job.attempt))
         held = self._held(name)
-        assert turned.free_cpus == (max(self.nodes[name].declared - held, 0) if expected else None)
+        assert turned.free_cpus == (max(self.nodes[name].declared - held, 0) if expected or begun else None)
+        waits = any(job.state is State.PENDING for job in self.jobs.values())
+        assert turned.left_some == (not attempts and waits)
         self._restarts_say_where_they_begin([Attempt(i, self.jobs[i].attempt) for i in begun], name, 0)
         self._restarts_say_where_they_begin(attempts, name, 0)  # too late
 

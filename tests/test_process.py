@@ -9,20 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from core.records import JobSpec
 from services.worker import environment, files, proc, process
 from services.worker.loop import new_event_loop
 from services.worker.proc import children, tag_of
 from services.worker.process import LaunchFailed, LaunchShortage, Process
 from services.worker.spool import Exit
+from tests.builders import a_spec
 from tests.system import ROOT
 
 PATIENCE = 60.0
@@ -531,17 +529,6 @@ def test_a_clean_end_is_one_look(job: Job, monkeypatch: pytest.MonkeyPatch) -> N
         await end(other, 0)
 
     run(main())
-
-
-def a_spec(**change: Any) -> JobSpec:
-    spec = JobSpec(
-        job_id=7, attempt=2, restart_cnt=0, name="n", account="a", partition="default", tasks=2,
-        cpus_per_task=3, cpus=6, memory_mib=None, time_limit_seconds=None, requeue=False,
-        start_time=datetime.fromtimestamp(1000, UTC),
-        script="#!/bin/sh\n", environment={}, current_working_directory=None, standard_output="o",
-        standard_error=None, cpus_per_task_given=False, tasks_per_node_given=False,
-    )  # fmt: skip
-    return replace(spec, **change)
 
 
 HOST = environment.Host(node="n1", hostname="h", spool_id="s", path=PATH, home="/home/u", user="u", uid=1, gid=2)

@@ -13,22 +13,22 @@ import structlog
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from core import streams
+from core import streams, taken
 from core.db import allocations, jobs, outputs
-from core.db.allocations import TurnOver
-from core.db.connection import PLANNED_ONCE, WAKE_CHANNEL, Line
+from core.db.allocations import Placed, TurnOver
+from core.db.connection import PLANNED_ONCE, WAKE_CHANNEL, Line, open_pool
 from core.moves import Ear
 from core.records import Attempt, Dispatch, JobSpec
 from core.settings import Settings
 from core.states import State
 from core.streams import Link
-from services.worker import claim, files, proc, process, serve, supervise
+from services.worker import claim, files, proc, process, report, serve, supervise
 from services.worker.node import Node, Run
 from services.worker.recover import recover
 from services.worker.report import write_endings
 from services.worker.spool import Exit
 from services.worker.supervise import attempt
-from tests.builders import LONG, a_job, allocate, an_ending, job_of, state_of, submit
+from tests.builders import LONG, a_job, a_node, allocate, an_ending, job_of, register, state_of, submit
 from tests.faults.wires import Wires
 from tests.workers import a_run, nothing, started
 
@@ -89,20 +89,41 @@ async def hearing(connection: asyncpg.Connection) -> AsyncIterator[Callable[[], 
     yield heard
 
 
+async def told_as_taken(node: Node, connection: asyncpg.Connection) -> list[Placed]:
+    said: asyncio.Queue[str] = asyncio.Queue()
+    await connection.add_listener(taken.CHANNEL, lambda *told: said.put_nowait(str(told[-1])))
+    found: list[Placed] = []
+    while count := await node.taken.tell_once(node.pool, node.name):
+        async with asyncio.timeout(LONG):
+            found += (now := taken.heard(await said.get()))
+        assert len(now) == count
+    return sorted(found, key=lambda placed: placed.job_id)
+
+
 async def test_what_is_taken_begins(node: Node, connection: asyncpg.Connection, begun: Begun) -> None:
     over = await an_end(node, connection)
     first, second, third = await submit(connection, a_job(3), a_job(1), a_job(1))
-    with capture_logs() as logs:
-        assert await write_endings(node, [an_ending(over.attempt)], begun) == [True]
+    assert await write_endings(node, [an_ending(over.attempt)], begun) == [True]
     assert begun.job_ids == [first, second]
-    assert sorted((log["job_id"], log["attempt"], log["node"], log["cpus"]) for log in logs) == [
-        (first, 1, "n1", 3),
-        (second, 1, "n1", 1),
-    ]
-    assert {log["event"] for log in logs} == {"job_allocated"}
+    assert await told_as_taken(node, connection) == [Placed(first, 1, "n1", 3), Placed(second, 1, "n1", 1)]
     assert await state_of(connection, third) is State.PENDING
     known = await jobs.running(connection, [run.attempt for run in begun.runs], node="n1", incarnation=1)
     assert {run.spec.job_id: replace(run.spec, incarnation=1) for run in begun.runs} == {s.job_id: s for s in known}
+
+
+async def test_what_is_taken_is_told_in_batches_and_kept_while_it_cannot_be(
+    node: Node, connection: asyncpg.Connection, begun: Begun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = await an_end(node, connection)
+    ids = await submit(connection, *[a_job(1)] * 4)
+    await write_endings(node, [an_ending(over.attempt)], begun)
+    monkeypatch.setattr(taken, "BATCH", 3)
+    await node.pool.close()
+    with pytest.raises(asyncpg.InterfaceError):
+        await node.taken.tell_once(node.pool, node.name)
+    monkeypatch.setattr(node, "pool", await open_pool(node.settings, "worker", 1))
+    assert [placed.job_id for placed in await told_as_taken(node, connection)] == ids
+    await node.pool.close()
 
 
 async def test_a_look_at_the_same_time_finds_what_was_taken_among_the_runs(
@@ -208,6 +229,43 @@ async def test_a_start_is_told_to_who_listens(
         await node.moves.tell_once(Link(redis_client))
         assert await ear.hear() == [(job_id, State.RUNNING)]
     assert begun.job_ids == [job_id]
+
+
+@pytest.mark.parametrize(("sizes", "taken", "heard"), [([3, 1], [0, 1], 0), ([3, 2], [0], 1), ([5], [], 1)])
+async def test_a_node_that_is_told_of_a_job_takes_what_fits_and_tells_of_the_rest(
+    node: Node,
+    connection: asyncpg.Connection,
+    begun: Begun,
+    redis_client: redis.Redis,
+    sizes: list[int],
+    taken: list[int],
+    heard: int,
+) -> None:
+    await register(connection, a_node("large", 8))
+    ids = await submit(connection, *map(a_job, sizes))
+    await streams.publish(Link(redis_client), "take", [Dispatch(job_id, 1, node.name) for job_id in ids])
+    reader = streams.Reader(redis_client, node.name)
+    async with hearing(connection) as count:
+        for _ in range(2):  # first what an earlier worker left, then what is new
+            await claim.consume_once(node, reader, begun)
+        assert await count() == heard
+    assert begun.job_ids == [ids[i] for i in taken]
+    await claim.consume_once(node, reader, begun)
+    assert await redis_client.xlen(streams.stream_of(node.name)) == 0
+
+
+@pytest.mark.parametrize("change", [{"draining": True}, {"trouble": "a full disk"}, {"heard": 0.0}])
+async def test_a_worker_that_starts_nothing_tells_the_scheduler_at_once(
+    node: Node, connection: asyncpg.Connection, begun: Begun, change: dict[str, Any]
+) -> None:
+    [job_id] = await submit(connection)
+    for name, value in change.items():
+        setattr(node, name, value)
+    async with hearing(connection) as count:
+        await report.take(node, begun)
+        assert await count() == 1
+    assert begun.job_ids == []
+    assert await state_of(connection, job_id) is State.PENDING
 
 
 @pytest.mark.parametrize("wanted", [False, True])

@@ -39,6 +39,7 @@ pytestmark = pytest.mark.anyio
 
 MOST = 64
 NOTHING = TurnOver(set(), [], None)
+NOT_TAKEN = replace(NOTHING, left_some=True)
 
 
 @pytest.fixture
@@ -113,14 +114,15 @@ async def test_what_is_taken_is_what_the_policy_places_next(connection: asyncpg.
     waiting = [Waiting(i, job.partition, job.cpus) for i, job in zip(ids, wanted, strict=True)]
     for several in (len(over) // 2, len(over)):  # what is left of the first ends is there for the second
         now, over = over[:several], over[several:]
+        if not now:
+            continue
         free = cpus - await allocated(connection) + sum([(await job_of(connection, a.job_id)).cpus for a in now])
         expected = next_on(Capacity("n1", frozenset(mine), free), waiting)
         turned = await turn_over(connection, *now)
         assert turned.ended == set(now)
-        if now:
-            assert begun(turned) == expected
-            assert turned.free_cpus == free - sum(spec.cpus for spec in turned.begun)
-            waiting = [job for job in waiting if job.job_id not in expected]
+        assert begun(turned) == expected
+        assert turned.free_cpus == free - sum(spec.cpus for spec in turned.begun)
+        waiting = [job for job in waiting if job.job_id not in expected]
         assert await allocated(connection) == cpus - free + sum(spec.cpus for spec in turned.begun)
         assert await audit(connection) == []
     found, _ = await pending.look(connection, BATCH)
@@ -424,11 +426,85 @@ async def test_what_has_not_started_does_not_end_so(connection: asyncpg.Connecti
     assert await state_of(connection, placed.job_id) is State.CONFIGURING
 
 
-async def test_no_ends_take_nothing(connection: asyncpg.Connection) -> None:
+# A take alone
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_take_without_ends_takes_what_the_policy_places_next(connection: asyncpg.Connection, seed: int) -> None:
+    random = Random(seed)
+    await register(connection, a_node("n1", 8, partitions=("default", "other")))
+    await register(connection, a_node("n2", 64, partitions=("default", "other")))
+    await running(connection, a_job(random.randint(1, 4)))
+    wanted = [a_job(random.randint(1, 9), partition=random.choice(["default", "other"])) for _ in range(7)]
+    ids = await submit(connection, *wanted)
+    waiting = [Waiting(i, job.partition, job.cpus) for i, job in zip(ids, wanted, strict=True)]
+    free = 8 - await allocated(connection)
+    expected = next_on(Capacity("n1", frozenset({"default", "other"}), free), waiting)
+    turned = await turn_over(connection)
+    assert (turned.ended, begun(turned)) == (set(), expected)
+    if expected:
+        assert turned.free_cpus == free - sum(spec.cpus for spec in turned.begun)
+    assert turned.left_some
+    assert await allocated(connection) == 8 - free + sum(spec.cpus for spec in turned.begun)
+    assert await audit(connection) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "taken", "left_some"),
+    [
+        ([1], [0], False),
+        ([4], [0], False),
+        ([1, 2], [0, 1], False),
+        ([2, 3], [0], True),
+        ([5], [], True),
+        ([], [], False),  # somebody was faster
+    ],
+)
+async def test_a_take_tells_whether_anything_is_left(
+    connection: asyncpg.Connection, sizes: list[int], taken: list[int], *, left_some: bool
+) -> None:
+    await register(connection, a_node("n1", 4))
+    await register(connection, a_node("large", 8))
+    ids = await submit(connection, *map(a_job, sizes)) if sizes else []
+    turned = await turn_over(connection)
+    assert (begun(turned), turned.left_some) == ([ids[i] for i in taken], left_some)
+    assert await audit(connection) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE node_leases SET incarnation = 2, spool_since = 2",
+        "UPDATE node_leases SET draining = true",
+        "UPDATE node_leases SET lease_until = now()",
+        "UPDATE nodes SET admin_state = 'DRAIN'",
+    ],
+)
+async def test_who_may_not_takes_nothing(connection: asyncpg.Connection, change: str) -> None:
     await register(connection)
     [waits] = await submit(connection)
-    assert await turn_over(connection) == NOTHING
+    await connection.execute(change)
+    assert await turn_over(connection) == NOT_TAKEN
+    assert await turn_over(connection, take=False) == NOT_TAKEN
     assert await state_of(connection, waits) is State.PENDING
+    assert await allocated(connection) == 0
+
+
+async def test_many_takes_and_passes_at_once(connection: asyncpg.Connection, pool: Pool) -> None:
+    """Each job begins once, and the node is as full as it gets."""
+    await register(connection, a_node("n1", 6))
+    await submit(connection, *[a_job()] * 9)
+
+    async def take() -> int:
+        async with pool.acquire() as own:
+            return len((await turn_over(own)).begun)
+
+    async def place() -> int:
+        return len(await allocate_once(pool))
+
+    assert sum(await asyncio.gather(*[one() for one in (take, place) * 3])) == 6
+    assert await allocated(connection) == 6
+    assert await audit(connection) == []
 
 
 async def test_one_stale_member_does_not_fail_the_batch(connection: asyncpg.Connection) -> None:

@@ -168,10 +168,12 @@ WITH RECURSIVE input AS (
     -- Locked, after the jobs that are waited for: a newer worker that registers meanwhile must find what this begins.
     SELECT FROM node_leases
     WHERE node = $1 AND incarnation = $2 AND NOT draining AND lease_until > clock_timestamp() AND $3
-      AND (SELECT count(*) > 0 FROM locked) AND (SELECT job_id FROM pending ORDER BY job_id LIMIT 1) IS NOT NULL
+      AND ($4 = '{}' OR (SELECT count(*) > 0 FROM locked))
+      AND (SELECT job_id FROM pending ORDER BY job_id LIMIT 1) IS NOT NULL
     FOR SHARE
 ), held AS (
-    SELECT n.partitions, n.alloc_cpus, n.declared_cpus - n.alloc_cpus + (SELECT sum(cpus)::int FROM locked) AS cpus
+    SELECT n.partitions, n.alloc_cpus,
+           n.declared_cpus - n.alloc_cpus + (SELECT coalesce(sum(cpus), 0)::int FROM locked) AS cpus
     FROM nodes n WHERE n.name = $1 AND n.admin_state = 'RESUME' AND (SELECT count(*) > 0 FROM current)
     FOR NO KEY UPDATE
 ), shapes AS (
@@ -228,8 +230,8 @@ WITH RECURSIVE input AS (
     INSERT INTO allocations (job_id, node, attempt, cpus)
     SELECT job_id, node, attempt, cpus FROM changed WHERE state = 'RUNNING'
 ), balance AS MATERIALIZED (
-    SELECT (SELECT coalesce(sum(cpus), 0) FROM changed WHERE state = 'RUNNING')::int
-           - (SELECT sum(cpus) FROM released)::int AS cpus
+    SELECT (SELECT sum(CASE state WHEN 'RUNNING' THEN cpus ELSE 0 END) FROM changed)::int
+           - (SELECT coalesce(sum(cpus), 0) FROM released)::int AS cpus
 ), balanced AS (
     -- A node that came back smaller shrinks with what ends; what would be too much is refused by its CHECKs, which are
     -- asked first of the row as it was before this statement waited for it: reckoned is with what was found then.
@@ -247,11 +249,15 @@ WITH RECURSIVE input AS (
     ORDER BY c.job_id, step.number
 )
 SELECT (SELECT free FROM balanced) AS free,
+       $4 = '{}' AND (SELECT count(*) FROM (SELECT FROM pending ORDER BY job_id LIMIT 65) AS p)
+                     > (SELECT count(*) FROM taken) AS left_some,
        j.job_id, j.attempt, j.restart_cnt, j.name, j.account, j.partition, j.tasks, j.cpus_per_task, j.cpus,
        j.memory_mib, j.time_limit_seconds, j.requeue, j.start_time, s.script, s.environment,
        s.current_working_directory, s.standard_output, s.standard_error, s.cpus_per_task_given, s.tasks_per_node_given
 FROM changed j LEFT JOIN job_specs s ON s.job_id = j.job_id AND j.state = 'RUNNING'
 """
+
+_WAITS = "SELECT (SELECT job_id FROM pending ORDER BY job_id LIMIT 1) IS NOT NULL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +269,9 @@ class TurnOver:
     begun: list[JobSpec]
     """What is RUNNING in their place, and has not been launched."""
     free_cpus: int | None
-    """What is left of the node; None when nothing ended."""
+    """What is left of the node; None when nothing ended or began."""
+    left_some: bool = False
+    """Of a take alone: whether something waits that it did not take."""
 
 
 async def turn_over(
@@ -271,7 +279,8 @@ async def turn_over(
 ) -> TurnOver:
     """End running attempts for good, and give the node's free CPUs to what waits: RUNNING, all in one commit.
 
-    Where more waits than runs, this saves jobs the way over the scheduler. Taken is what that would place next on
+    Where more waits than runs, this saves jobs the way over the scheduler; where nothing runs, so does a take alone,
+    without endings. Taken is what that would place next on
     this node: the oldest jobs of its partitions that fit, until the first that does not any more, 64 at most.
     The rest is the scheduler's: what somebody else holds, what fits behind a larger one, other nodes. `take` says
     whether the worker takes anything. Fenced as `release` and `jobs.start` are. ValueError when an ending is no legal
@@ -287,12 +296,14 @@ async def turn_over(
         *_columns(endings),
     )
     begun = [
-        spec_of({name: value for name, value in row.items() if name != "free"})
+        spec_of({name: value for name, value in row.items() if name not in ("free", "left_some")})
         for row in rows
         if row["script"] is not None
     ]
     ended = {Attempt(row["job_id"], row["attempt"]) for row in rows if row["script"] is None}
-    return TurnOver(ended, begun, rows[0]["free"] if rows else None)
+    if not rows:
+        return TurnOver(set(), [], None, not endings and await connection.fetchval(_WAITS))
+    return TurnOver(ended, begun, rows[0]["free"], rows[0]["left_some"])
 
 
 _UNCLAIMED = """

@@ -22,6 +22,8 @@ class Stored:
 
     job_id: int
     submit_time: datetime
+    room: str | None = None
+    """Of one that came alone, while nothing as small waits: the first node with room, as the policy would choose."""
 
 
 _INSERT = """
@@ -62,7 +64,18 @@ WITH input AS MATERIALIZED (
 ), logged AS (
     INSERT INTO job_events (job_id, attempt, to_state, reason) SELECT job_id, 0, 'PENDING', 'None' FROM taken
 )
-SELECT position, job_id, now() FROM taken
+SELECT position, job_id, now(),
+       -- Nobody is asked where something as small waits, perhaps a thousand nodes that are full.
+       CASE WHEN cardinality($1) = 1 AND (
+           SELECT p.job_id FROM pending p WHERE p.partition = t.partition AND p.cpus <= t.tasks * t.cpus_per_task
+           ORDER BY p.cpus LIMIT 1
+       ) IS NULL THEN (
+           SELECT n.name FROM nodes n JOIN node_leases l ON l.node = n.name
+           WHERE n.declared_cpus - n.alloc_cpus >= t.tasks * t.cpus_per_task AND t.partition = ANY (n.partitions)
+             AND n.admin_state = 'RESUME' AND NOT l.draining AND l.lease_until > clock_timestamp()
+           ORDER BY n.name LIMIT 1
+       ) END
+FROM taken t
 """
 
 
@@ -115,7 +128,7 @@ async def stored_by(connection: Connection, submission: int, count: int) -> list
 
 
 def _in_order(rows: Sequence[asyncpg.Record], count: int) -> list[Stored | None]:
-    stored = {row[0]: Stored(row[1], row[2]) for row in rows}
+    stored = {row[0]: Stored(*row[1:]) for row in rows}
     return [stored.get(position) for position in range(1, count + 1)]
 
 

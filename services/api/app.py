@@ -22,6 +22,7 @@ from core.moves import Moves
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
 from services.api import cancel, health, jobs, lists, logs, nodes
+from services.api.call import Calls
 from services.api.database import Database
 from services.api.guard import guard
 from services.api.models import Site
@@ -58,15 +59,18 @@ HEADERS = {"Server": "rowlock", "X-Content-Type-Options": "nosniff", "Cache-Cont
 async def running(settings: Settings) -> AsyncIterator[web.Application]:
     """The application with its duties at work; they end with the block, and what they opened is closed."""
     database, redis, wake = Database(settings), streams.connect(settings), Wakeup()
+    link = streams.Link(redis)
+    calls = Calls(link, wake)
     # No limit: a pool of connections that slow readers of logs hold would shut out everybody else.
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False, trust_env=False) as workers:
         state = State(
             site=site_of(settings),
             database=database,
-            submitter=Submitter(database, wake),
+            submitter=Submitter(database, wake, calls.add),
             redis=redis,
-            link=streams.Link(redis),
+            link=link,
+            calls=calls,
             workers=workers,
             watch=Watch(database, redis, settings.poll_seconds),
             moves=Moves(wanted=lambda: True),
@@ -99,6 +103,7 @@ def _duties(settings: Settings, state: State) -> list[Coroutine[Any, Any, None]]
         state.submitter.run(),
         # One NOTIFY in flight at most: what is set meanwhile is one more, afterwards.
         repeat("notify", notify_once, state.wake, NEVER),
+        repeat("call", state.calls.call_once, state.calls.filled, NEVER),
         state.watch.run(),
         repeat("listen", state.watch.listen_once, state.watch.listen, NEVER),
         repeat("tell", lambda: state.moves.tell_once(state.link), state.moves.wake, NEVER),

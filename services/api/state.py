@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from core.moves import Moves
 from core.streams import Link
 from core.wakeup import Wakeup
+from services.api.call import Calls
 from services.api.database import Database
 from services.api.models import Site
 from services.api.submit import Submitter
@@ -25,6 +26,7 @@ class State:
     submitter: Submitter
     redis: Redis
     link: Link
+    calls: Calls
     workers: aiohttp.ClientSession
     watch: Watch
     moves: Moves

@@ -56,11 +56,11 @@ Insert = Callable[[Connection, Sequence[NewJob], int], Awaitable[list[jobs.Store
 
 
 class Submitter:
-    """Stores submissions in batches; sets `wake` after each commit."""
+    """Stores submissions in batches; after each commit it sets `wake`, or calls the node that has room for its one."""
 
-    def __init__(self, database: Database, wake: Wakeup) -> None:
+    def __init__(self, database: Database, wake: Wakeup, call: Callable[[int, str], None]) -> None:
         self._database = database
-        self._wake = wake
+        self._wake, self._call = wake, call
         self._batcher: Batcher[NewJob, Accepted] = Batcher(self._store, BATCH)
         self._lists = asyncio.Lock()  # around all use of the connection for them
 
@@ -119,7 +119,10 @@ class Submitter:
         crash.here("api.read")
         stored = await self._insert(batch, self._database.store, jobs.insert)
         crash.here("api.stored")
-        self._wake.set()
+        if stored[0] is not None and stored[0].room is not None:
+            self._call(stored[0].job_id, stored[0].room)
+        else:
+            self._wake.set()
         left = [job for job, row in zip(batch, stored, strict=True) if row is None]
         others = iter(await self._why_not(left) if left else ())
         return [

@@ -1,11 +1,12 @@
 """Allocate: look at what is free and what waits, decide, and apply the decision in one transaction, under row locks.
 
 No lock is held between two statements: `place` holds the decision against what is there by then. What changes after the
-look wakes another pass; a worker's report that fills its node does not, so a decision that did not hold calls for one.
+look wakes another pass; a worker's report or take that fills its node does not, so a decision that did not hold calls
+for one.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -41,7 +42,12 @@ async def allocate_once(
     if hand_on is not None:
         hand_on(dispatches)
         await asyncio.sleep(0)  # whoever was woken by that sends them on their way first
+    tell(placed)
+    return dispatches
+
+
+def tell(placed: Sequence[allocations.Placed]) -> None:
+    """Log what was given CPUs, by a pass or by a worker."""
     log = structlog.get_logger()
     for job in placed:
         log.info("job_allocated", job_id=job.job_id, attempt=job.attempt, node=job.node, cpus=job.cpus)
-    return dispatches

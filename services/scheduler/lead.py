@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import asyncpg
 import structlog
 
-from core import crash
+from core import crash, taken
 from core.cancellation import pause
 from core.db.connection import (
     CONNECTION_ERRORS,
@@ -19,6 +19,7 @@ from core.db.connection import (
 )
 from core.settings import Settings
 from core.wakeup import Wakeup
+from services.scheduler.allocate import tell
 
 LEADER_KEY = 0x6C6561646572  # "leader"
 PROBE_SECONDS = 2
@@ -72,6 +73,7 @@ async def _lead_on(
             standing_by = True
         await asyncio.sleep(STAND_BY_SECONDS)
     log.info("scheduler_leads")
+    await connection.add_listener(taken.CHANNEL, lambda *told: tell(taken.heard(told[-1])))
     crash.here("scheduler.leads")
     wake.set()  # whatever was said while nobody listened
     async with asyncio.TaskGroup() as group:

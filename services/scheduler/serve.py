@@ -9,6 +9,7 @@ from core.db import schema
 from core.db.connection import PLANNED_ONCE, Line, Pool, open_pool
 from core.duty import repeat
 from core.settings import Settings, without_secrets
+from core.streams import Link
 from core.wakeup import Wakeup
 from services.scheduler.allocate import BATCH, allocate_once
 from services.scheduler.dispatch import UNCLAIMED_SECONDS, Outbox, dispatch_once, republish_once
@@ -29,7 +30,7 @@ async def _schedule(settings: Settings) -> None:
     pool = await open_pool(settings, "scheduler", POOL_SIZE, **PLANNED_ONCE)
     line = Line(settings, "scheduler", **PLANNED_ONCE)
     client = streams.connect(settings)
-    link = streams.Link(client)
+    link = Link(client)
     try:
         await schema.ensure(pool)
         outbox, wake = Outbox(), Wakeup()
@@ -43,7 +44,7 @@ async def _schedule(settings: Settings) -> None:
                     [
                         lambda: repeat("allocate", lambda: _allocate(line, outbox, wake), wake, poll),
                         lambda: repeat("dispatch", lambda: dispatch_once(outbox, link), outbox.filled, poll),
-                        lambda: repeat("republish", lambda: republish_once(pool, link), Wakeup(), UNCLAIMED_SECONDS),
+                        lambda: repeat("republish", lambda: _again(pool, link, wake), Wakeup(), UNCLAIMED_SECONDS),
                         lambda: repeat("reap", lambda: _waking(wake, reap_once(pool)), Wakeup(), poll),
                         lambda: _lose(pool, settings, wake),
                     ],
@@ -60,6 +61,12 @@ async def _allocate(line: Line, outbox: Outbox, wake: Wakeup) -> bool:
     # Not at once: who was there first may hold a job for a moment more.
     outrun = partial(asyncio.get_running_loop().call_later, OUTRUN_SECONDS, wake.set)
     return len(await allocate_once(line, outbox.put, outrun)) == BATCH
+
+
+async def _again(pool: Pool, link: Link, wake: Wakeup) -> int:
+    """Tell again what nobody claimed; and look for what a node was told of by an API, and has not taken."""
+    wake.set()
+    return await republish_once(pool, link)
 
 
 async def _lose(pool: Pool, settings: Settings, wake: Wakeup) -> None:

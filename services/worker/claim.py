@@ -11,6 +11,7 @@ from core.db.connection import CONNECTION_ERRORS
 from core.records import Attempt
 from core.states import State
 from core.streams import Reader
+from services.worker import report
 from services.worker.node import Begin, Node, Run
 
 BATCH = 200
@@ -22,6 +23,8 @@ async def consume_once(node: Node, reader: Reader, begin: Begin) -> int:
     crash.here("worker.read")
     try:
         await start(node, [message.attempt for message in messages if message.kind == "run"], begin)
+        if any(message.kind == "take" for message in messages):
+            await report.take(node, begin)
         if any(message.kind == "cancel" for message in messages):
             node.look.set()
         crash.here("worker.launched")

@@ -29,6 +29,7 @@ from core.errors import NodeNameTaken, SettingsError
 from core.moves import Moves
 from core.records import Attempt, JobSpec, NodeSpec
 from core.settings import Settings
+from core.taken import Taken
 from core.wakeup import Wakeup
 from services.worker import keeper, proc
 from services.worker.environment import MARK, Host, read_mark
@@ -140,6 +141,8 @@ class Node:
     """The first incarnation of those in a row whose scripts this worker's keeper has seen end, if they did."""
     moves: Moves = field(default_factory=lambda: Moves(wanted=lambda: False))
     """What is told of its jobs to whoever waits for them."""
+    taken: Taken = field(default_factory=Taken)
+    """What it has allocated by itself, and the scheduler is told of."""
     runs: dict[Attempt, Run] = field(default_factory=dict)
     # A start and a look at the tables never overlap: a look taken before a start's commit knows nothing of it.
     claiming: asyncio.Lock = field(default_factory=asyncio.Lock)

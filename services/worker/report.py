@@ -58,6 +58,13 @@ async def write_endings(node: Node, endings: Sequence[Ending], begin: Begin) -> 
     return written
 
 
+async def take(node: Node, begin: Begin) -> None:
+    """Begin what waits, as far as it fits; what is left is the scheduler's, and it hears of it."""
+    if (await _turn_over(node, (), begin)).left_some:
+        async with node.pool.acquire() as connection:
+            await notify(connection)
+
+
 async def _turn_over(node: Node, endings: Sequence[Ending], begin: Begin) -> allocations.TurnOver:
     """One try. Until what it has started is among the runs, nobody looks at the tables."""
     async with node.claiming, node.line.acquire() as connection:
@@ -68,12 +75,10 @@ async def _turn_over(node: Node, endings: Sequence[Ending], begin: Begin) -> all
             raise
         crash.here("worker.turned")
         for spec in turned.begun:
-            structlog.get_logger().info(
-                "job_allocated", job_id=spec.job_id, attempt=spec.attempt, node=node.name, cpus=spec.cpus
-            )
             begin(Run(spec))
         for spec in turned.begun:  # after all of them: they are launched before anybody is told
             node.moves.add(spec.job_id, State.RUNNING)
+        node.taken.add(turned.begun)
     return turned
 
 

@@ -85,6 +85,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
             repeat("silence", lambda: health.end_after_silence_once(node), Wakeup(), SILENCE_LOOK_SECONDS),
             repeat("tidy", _tidy_once, Wakeup(), TIDY_SECONDS),
             repeat("tell", lambda: node.moves.tell_once(link), node.moves.wake, NEVER),
+            repeat("taken", lambda: node.taken.tell_once(node.pool, node.name), node.taken.filled, NEVER),
             reports.run(),
             measures.run(),
         ]

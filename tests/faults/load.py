@@ -22,8 +22,8 @@ RETRY_SECONDS = 0.2
 SETTLE_SECONDS = 60.0
 """What a client is given to see its last job to its end."""
 POLL_SECONDS = (0.05, 0.8)
-CANCELLED, READ, LONG = 0.12, 0.15, 0.5
-"""Of how many jobs a cancel is asked for, the output read, and the end waited for by long polls."""
+CANCELLED, READ, LONG, LISTED = 0.12, 0.15, 0.5, 0.4
+"""Of how many jobs a cancel is asked for, the output read, the end waited for by long polls, and which are a list."""
 
 _FINAL = frozenset(state.value for state in FINAL)
 
@@ -61,7 +61,7 @@ class Load:
 
     async def one(self, wanted: Wanted | None = None) -> Sent:
         """One job, from its submission to its end."""
-        sent = await self.submit(wanted)
+        sent = await self.submit(wanted, listed=self.luck.random() < LISTED)
         if sent.job_ids:
             await self.follow(sent)
         return sent
@@ -71,15 +71,19 @@ class Load:
         self.named += 1
         return f"{self.cluster.token}-{self.named}"
 
-    async def submit(self, wanted: Wanted | None = None) -> Sent:
-        """Submit, with one key, until that is answered."""
+    async def submit(self, wanted: Wanted | None = None, *, listed: bool = False) -> Sent:
+        """Submit, with one key, until that is answered.
+
+        As a list of one it waits for the scheduler; else it is taken by the first node that has room.
+        """
         sent = Sent(wanted or self.make(self.new_name(), self.luck))
         self.sent.append(sent)
-        body = {"job": sent.wanted.document(str(self.cluster.ledger)), "script": sent.wanted.script}
+        one: dict[str, Any] = {"job": sent.wanted.document(str(self.cluster.ledger)), "script": sent.wanted.script}
+        body = {"jobs": [one]} if listed else one
         while True:
             status, document = await self.ask("POST", JOBS, body, {"Idempotency-Key": sent.name})
             if status in (200, 201):
-                sent.job_ids.add(document["job_id"])
+                sent.job_ids.add((document["jobs"][0] if listed else document)["job_id"])
                 return sent
             if status not in (0, 503):
                 sent.refused = f"{status} {document}"
