@@ -3,6 +3,7 @@
 import asyncio
 import os
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -154,6 +155,13 @@ def test_root_without_user_namespaces(tmp_path: Path, monkeypatch: pytest.Monkey
     mapped, account = embedded._identities()
     refused = mapped.replace("mapped:", "mapped:no")
     monkeypatch.setattr(embedded, "_identities", lambda: [refused, account])
+    # Only root comes to the binaries.
+    newest, private = embedded.postgres_folders()[-1], tmp_path / "private"
+    private.mkdir(mode=0o700)
+    installed = newest.parents[2]
+    for part in installed.glob(f"{newest.parents[1].name}*"):
+        shutil.copytree(part, private / part.name)
+    monkeypatch.setattr(embedded, "postgres_folders", lambda: [private / newest.relative_to(installed)])
     assert asyncio.run(start_twice(tmp_path / "data")) == [(1, 1), (2, 2)]
 
 

@@ -14,11 +14,13 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 CLONE_NEWUSER = 0x10000000
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_CAP_AMBIENT = 1, 8, 47
+PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECUREBITS, PR_CAP_AMBIENT = 1, 8, 28, 47
 PR_CAP_AMBIENT_RAISE = 2
+SECBIT_NO_SETUID_FIXUP = 4
 CAPABILITY_VERSION_3 = 0x20080522
 CAP_DAC_OVERRIDE = 1
 
@@ -58,6 +60,10 @@ def _map_user(uid: int, gid: int) -> None:
 
 def _become_account(uid: int, gid: int) -> None:
     _prctl("keep capabilities", PR_SET_KEEPCAPS, 1)
+    with suppress(OSError):
+        # access(2) sets capabilities aside for all but root, and by it initdb looks for what lies beside it (kernel,
+        # fs/open.c, access_override_creds). Who may not say so gets by where everybody can go.
+        _prctl("capabilities of access", PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP)
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
