@@ -68,7 +68,7 @@ def _filesystem(folder: Path) -> str:
     """The type of the one that a folder lies on: the longest mount point above it wins."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     above = [(len(place), kind) for place, kind in mounts if folder.is_relative_to(place)]
-    return max(above)[1]
+    return max(above, default=(0, "unknown"))[1]  # in a chroot nothing need be mounted
 
 
 def _file_microseconds(folder: Path) -> float:

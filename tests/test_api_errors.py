@@ -378,6 +378,8 @@ NO_JSON = rows(
     (b'{"a":' * 100_000, "too deeply"),
     (b"[" * 4_000_000 + b"]" * 4_000_000, "too deeply"),
     (b'{"job":' * 50_000 + b"1" + b"}" * 50_000, "too deeply"),
+    (b"[" * 1001 + b"]" * 1001, "too deeply"),
+    (b'{"x":[' * 500 + b"[]" + b"]}" * 500, "too deeply"),
 )
 
 
@@ -385,6 +387,12 @@ NO_JSON = rows(
 async def test_what_is_no_json(api: Api, sent: bytes, detail: str) -> None:
     answer = await api.ask("POST", JOBS, data=_in_one_piece(sent), headers=JSON)
     check_problem(answer, 400, detail)
+
+
+async def test_many_brackets_are_not_deep(api: Api) -> None:
+    deep = b"[" * 900 + b"]" * 900
+    answer = await api.ask("POST", JOBS, data=b"[" + b",".join([deep] * 50) + b"]", headers=JSON)
+    check_problem(answer, 422)
 
 
 def _in_one_piece(sent: bytes) -> Any:

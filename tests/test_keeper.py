@@ -140,13 +140,14 @@ async def test_a_job_that_ends_while_no_worker_is_alive(system: System) -> None:
 
 async def test_what_its_worker_did_not_come_to_start_is_not_started_after_its_cancel(system: System) -> None:
     first = system.children[-1]
-    system.start_worker(system.node, 16, ROWLOCK_CRASH="worker.turned")
+    system.start_worker(system.node, 16, ROWLOCK_CRASH="worker.started")
     crashes = system.children[-1]
     assert await first.wait() == 3
     stat = read_stat(system.worker_pid())
     assert stat is not None
     os.kill(stat.parent, signal.SIGSTOP)  # the keeper, which would start it again before the cancel
-    job_id = (await system.submit("#!/bin/bash\necho up"))["job_id"]
+    job = {"account": "test", "partition": system.partition}
+    [job_id] = await system.api.submit_many([(job, "#!/bin/bash\necho up")])  # as a list, it goes by the scheduler
     await system.state_is(job_id, "RUNNING")
     await system.api.cancel(job_id)
     os.kill(stat.parent, signal.SIGKILL)

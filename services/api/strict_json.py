@@ -7,25 +7,46 @@ from services.api.problems import Problem
 
 # Longer ones are outside of every limit, and reading their digits costs quadratic time.
 MAX_DIGITS = 40
+MAX_DEPTH = 1000
 _TOO_MANY_DIGITS: int = 10**MAX_DIGITS
 
 
 def parse(body: bytes) -> object:
     """The document, or Problem 400: no JSON, not UTF-8, duplicate keys, NaN, nested too deeply."""
     try:
+        text = body.decode("utf-8")
         document: object = json.loads(
-            body.decode("utf-8"),
+            text,
             object_pairs_hook=_object,
             parse_constant=_constant,
             parse_int=_integer,
         )
-        return document
     except UnicodeDecodeError as error:
         raise Problem(400, f"the body is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise Problem(400, f"the body is no JSON: {error}") from None
     except RecursionError:
         raise Problem(400, "the body is nested too deeply") from None
+    # Python 3.14 reads as deeply as its stack goes. Few bodies have so many brackets that they need be looked at.
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(document, MAX_DEPTH):
+        raise Problem(400, "the body is nested too deeply")
+    return document
+
+
+def _is_deeper(document: object, limit: int) -> bool:
+    """Whether more than `limit` containers lie within each other; level by level, without recursion."""
+    level = [document]
+    for _ in range(limit):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

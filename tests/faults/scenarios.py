@@ -54,8 +54,8 @@ def scenario(**more: Any) -> Callable[[Callable[[Run], Awaitable[None]]], Callab
 
 
 async def a_job(run: Run, body: str, **more: Any) -> Sent:
-    """Submit one."""
-    return await run.load.submit(Wanted(run.load.new_name(), body, **more))
+    """Submit one, which goes by the scheduler."""
+    return await run.load.submit(Wanted(run.load.new_name(), body, **more), listed=True)
 
 
 async def says(run: Run, sent: Sent, word: str) -> None:
