@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -461,6 +462,36 @@ def test_a_hundred_jobs_with_grandchildren(job: Job) -> None:
         assert not job.alive()
         process.reap_orphans()
         assert set(children(os.getpid())) <= ours
+
+    run(main())
+
+
+def test_own_children_are_all_that_there_are(job: Job) -> None:
+    """Also more than fit a page of their list, also those that fall to us, and whatever threads there are."""
+    many = 700
+
+    async def main() -> None:
+        done = threading.Event()
+        threads = [threading.Thread(target=done.wait) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        before = set(children(os.getpid()))
+        pids = [os.posix_spawn("/bin/sleep", ["sleep", "1000"], {}) for _ in range(many)]  # noqa: ASYNC221
+        started = await job.start("(setsid sleep 1000 &); (setsid sleep 1000 &); echo up")
+        try:
+            await job.says("up")
+            await until(lambda: len(set(children(os.getpid())) - before) == many + 3)
+            assert sorted(proc.own_children()) == sorted(children(os.getpid()))
+            assert set(pids) < set(proc.own_children())
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)  # noqa: ASYNC222
+            await sweep(started)
+            done.set()
+            for thread in threads:
+                thread.join()
+        assert set(proc.own_children()) == before
 
     run(main())
 

@@ -51,6 +51,7 @@ ROUTES: tuple[tuple[str, str, Handle], ...] = (
     ("DELETE", NODE, nodes.delete_node),
 )
 
+_log = structlog.get_logger()
 HEADERS = {"Server": "rowlock", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 """Of every answer."""
 
@@ -146,7 +147,7 @@ async def note_access(request: web.Request, handler: Handler) -> web.StreamRespo
     """One event per request."""
     began = time.perf_counter()
     response = await handler(request)
-    structlog.get_logger().debug(
+    _log.debug(
         "request",
         method=request.method,
         path=request.rel_url.raw_path,

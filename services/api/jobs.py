@@ -12,6 +12,7 @@ from core.records import Job
 from services.api import guard, idempotency, listing, lists, models, rendering, state, strict_json
 from services.api.problems import Problem
 
+_log = structlog.get_logger()  # once: to make one costs as much as to write a line
 _JOB_ID = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
 
 
@@ -54,7 +55,7 @@ async def _post_list(api: state.State, document: object, key: str | None) -> web
     accepted = await api.submitter.submit_all(await lists.new_jobs(document, api.site, key))
     ids = accepted.job_ids
     event = "submission_repeated" if accepted.replayed else "jobs_submitted"
-    structlog.get_logger().info(event, jobs=len(ids), first=ids[0], last=ids[-1])
+    _log.info(event, jobs=len(ids), first=ids[0], last=ids[-1])
     headers = {idempotency.REPLAY: "true"} if accepted.replayed else {}
     stored: SubmittedDocument = {"jobs": [{"job_id": job_id} for job_id in ids]}
     return rendering.answer(stored, 200 if accepted.replayed else 201, headers)
@@ -64,7 +65,7 @@ async def _post_one(api: state.State, document: object, key: str | None) -> web.
     accepted = await api.submitter.submit(models.new_job(document, api.site, key))
     job = accepted.job
     event = "submission_repeated" if accepted.replayed else "job_submitted"
-    structlog.get_logger().info(event, job_id=job.job_id, account=job.account, cpus=job.cpus)
+    _log.info(event, job_id=job.job_id, account=job.account, cpus=job.cpus)
     headers = {"Location": f"/api/v1/jobs/{job.job_id}"}
     if accepted.replayed:
         headers[idempotency.REPLAY] = "true"

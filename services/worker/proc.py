@@ -23,6 +23,7 @@ TAG_LIMIT: Final = 10
 
 _TAG_LINE: Final = b"Max file locks"
 _TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
+_LIST_BYTES: Final = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +91,31 @@ def read_variable(pid: int, name: str) -> str | None:
     return next((os.fsdecode(v.removeprefix(prefix)) for v in variables if v.startswith(prefix)), None)
 
 
-def children(pid: int) -> list[int]:
-    """The children of a process, dead ones included; empty if it is gone.
+def own_children() -> list[int]:
+    """Our own children, dead ones included: those that our main thread has begun, and all that have fallen to us.
 
-    Of our own children none is missed: the kernel may skip one only when another before it in the list
-    goes, and ours go when we reap them.
+    The kernel has a list for each thread, and what falls to a subreaper goes on that of its first one, the main thread
+    (exit.c, find_alive_thread). None is missed: the kernel may skip one only when another before it in the list goes,
+    and ours go when we reap them. The file stays open: to open it costs six times as much as to read it.
     """
+    if (file := _own_list(os.getpid())) is None:
+        return children(os.getpid())
+    text = b""
+    while piece := os.pread(file, _LIST_BYTES, len(text)):  # a page at most at a time
+        text += piece
+    return [int(pid) for pid in text.split()]
+
+
+@functools.cache
+def _own_list(pid: int) -> int | None:
+    try:
+        return os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process, dead ones included; empty if it is gone."""
     try:
         threads = os.listdir(f"/proc/{pid}/task")
     except (FileNotFoundError, ProcessLookupError):

@@ -16,8 +16,9 @@ session and group and clears its environment lives on while other jobs that coul
 has become another user, whom we may not signal, is waited for; what a job asks a daemon to start (cron,
 docker, systemd-run) is none of its processes.
 
-Two contracts for the rest of the worker: nobody else waits for children (never ``waitpid(-1)``), and other
-child processes, if any, stay in the worker's own session, where they are left alone.
+Three contracts for the rest of the worker: nobody else waits for children (never ``waitpid(-1)``), other child
+processes, if any, stay in the worker's own session, where they are left alone, and scripts are started by the main
+thread.
 """
 
 import asyncio
@@ -202,6 +203,7 @@ def become_subreaper() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    proc.own_children()  # opens their list, for which there might be no descriptor later
 
 
 async def start(
@@ -353,7 +355,7 @@ def _orphans() -> list[tuple[int, proc.Stat]]:
 def _look_at_children() -> tuple[bool, list[tuple[int, proc.Stat]]]:
     ours, reaped = os.getsid(0), False
     found = []
-    for pid in proc.children(os.getpid()):
+    for pid in proc.own_children():
         stat = None if pid in _scripts else proc.read_stat(pid)
         if stat is None or stat.session == ours:
             continue
