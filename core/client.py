@@ -1,10 +1,12 @@
 """A client of the HTTP API: for the command line, the demo, the benchmarks and the tests."""
 
 import asyncio
+import base64
 import json
 import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from io import BytesIO
 from types import TracebackType
 from typing import Any, Literal, Self, cast
@@ -137,6 +139,39 @@ class Client:
         query: dict[str, str | int] = {"stream": stream, "offset": offset, **alone}
         return await self._bytes("GET", f"/api/v1/jobs/{job_id}/logs", query=query)
 
+    async def follow(
+        self, job_id: int, stream: Literal["stdout", "stderr"] = "stdout", *, offset: int = 0
+    ) -> AsyncIterator[bytes]:
+        """The output as it is written, until the job is over; each byte once, whatever becomes of the connection.
+
+        Of a job that is run again, the bytes of each attempt. A server that is away is waited for.
+        """
+        place = _Place({"stream": stream, "follow": "true"}, offset)
+        pause = FIRST_RETRY_SECONDS
+        while not place.over:
+            before = place.offset
+            try:
+                async for data in self._followed(job_id, place):
+                    yield data
+            except ClientError as error:
+                if not error.may_pass:
+                    raise
+            if place.over or place.offset != before:
+                pause = FIRST_RETRY_SECONDS
+                continue
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_RETRY_SECONDS)
+
+    async def _followed(self, job_id: int, place: "_Place") -> AsyncIterator[bytes]:
+        path = f"/api/v1/jobs/{job_id}/logs"
+        async with self._answered("GET", path, place.query, headers={"Last-Event-ID": str(place.offset)}) as answer:
+            async for event in _events(answer):
+                try:
+                    data = place.read(event)
+                except (KeyError, ValueError, TypeError):
+                    raise ClientError(answer.status, {"detail": f"{self.address} answered something else"}) from None
+                yield data
+
     async def script(self, job_id: int) -> str:
         """The script as submitted."""
         return (await self._bytes("GET", f"/api/v1/jobs/{job_id}/script")).decode()
@@ -228,7 +263,7 @@ class Client:
         given = dict(headers or {})
         if body is not None:
             given["Content-Type"] = "application/json"
-        session = self._waiting if "wait" in (query or {}) else self._session
+        session = self._waiting if {"wait", "follow"} & set(query or {}) else self._session
         assert session is not None, "use the client as a context"
         try:
             async with session.request(method, self.address + path, params=query, data=sent, headers=given) as answer:
@@ -238,6 +273,38 @@ class Client:
         except (aiohttp.ClientError, OSError) as error:  # a time-out is an OSError
             detail = f"{self.address} cannot be reached: {str(error) or type(error).__name__}"
             raise ClientError(0, {"detail": detail}) from error
+
+
+@dataclass(slots=True)
+class _Place:
+    """How far an output has been read."""
+
+    query: dict[str, str | int]
+    offset: int
+    over: bool = False
+
+    def read(self, event: Mapping[str, str]) -> bytes:
+        """The bytes of an event. Where an attempt has ended and its job waits again, the next one is what follows."""
+        if event.get("event") == "end":
+            said = json.loads(event["data"])
+            self.over = said["state"] in _FINAL
+            self.query["attempt"], self.offset = said["attempt"] + 1, 0
+            return b""
+        data = base64.b64decode(event["data"])
+        self.offset = int(event["id"])
+        return data
+
+
+async def _events(answer: aiohttp.ClientResponse) -> AsyncIterator[dict[str, str]]:
+    """Server-sent events, each by the names of its fields."""
+    event: dict[str, str] = {}
+    async for line in answer.content:
+        name, colon, value = line.decode(errors="replace").rstrip("\n").partition(":")
+        if name:
+            event[name] = value.removeprefix(" ")
+        elif event and not colon:
+            yield event
+            event = {}
 
 
 def _new_session(connections: int, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:

@@ -108,10 +108,10 @@ async def until(true: Callable[[], Any]) -> None:
 
 
 @asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[tuple[State, int]]:
+async def serving(settings: Settings, finish_seconds: float = 1) -> AsyncIterator[tuple[State, int]]:
     """An API on a free port, which may be waiting for PostgreSQL: its state, its port."""
     async with running(settings) as application:
-        runner = Runner(application, access_log=None, handle_signals=False, shutdown_timeout=1)
+        runner = Runner(application, access_log=None, handle_signals=False, shutdown_timeout=finish_seconds)
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()

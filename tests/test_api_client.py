@@ -125,7 +125,7 @@ async def test_cancel(api: Api, client: Client) -> None:
 async def test_logs_from_an_offset(api: Api, client: Client) -> None:
     settings = api.settings.model_copy(update={"node_name": "files", "worker_host": "127.0.0.1"})
     pool = await open_pool(settings, "worker", 1)
-    server = FileServer(settings, describe_host(settings, "spool"), pool, "secret")
+    server = FileServer(settings, describe_host(settings, "spool"), pool, "secret", {})
     try:
         base = str(settings.work_base_dir)
         spec = a_node("files", address=await server.start(), secret="secret", work_base_dir=base)  # noqa: S106

@@ -108,7 +108,7 @@ async def node(api: Api) -> AsyncIterator[Node]:
     settings = api.settings.model_copy(update={"node_name": "files", "worker_host": "127.0.0.1"})
     settings.work_base_dir.mkdir(parents=True)
     pool = await open_pool(settings, "worker", 2)
-    server = FileServer(settings, describe_host(settings, "spool of files"), pool, SECRET)
+    server = FileServer(settings, describe_host(settings, "spool of files"), pool, SECRET, {})
     address = await server.start()
     try:
         spec = a_node("files", 10_000, address=address, secret=SECRET, work_base_dir=str(settings.work_base_dir))

@@ -107,6 +107,17 @@ async def test_who_waits_is_told(system: System, tmp_path: Path) -> None:
         assert json.loads(await asyncio.wait_for(asked, 40))["state"] == "COMPLETED"
 
 
+async def test_an_output_is_followed_as_it_is_written(system: System) -> None:
+    script = "#!/bin/sh\necho one\nwhile [ ! -e go ]; do sleep 0.02; done\necho two\n"
+    job_id = (await system.submit(script))["job_id"]
+    found = system.api.follow(job_id)
+    async with asyncio.timeout(40):
+        assert await anext(found) == b"one\n"
+        (system.folder / f"{system.node}/data/jobs/{job_id}/go").touch()
+        assert b"".join([data async for data in found]) == b"two\n"
+    assert (await system.api.job(job_id))["state"] == "COMPLETED"
+
+
 async def test_mixed_jobs_never_hold_more_than_there_is(system: System, tmp_path: Path) -> None:
     """200 jobs through two APIs with two schedulers: what overlaps fits, all is used, each runs once."""
     ledger, cpus, count = tmp_path / "ledger", 8, 200

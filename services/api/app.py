@@ -76,6 +76,7 @@ async def running(settings: Settings) -> AsyncIterator[web.Application]:
             watch=Watch(database, redis, settings.poll_seconds),
             moves=Moves(wanted=lambda: True),
             wake=wake,
+            followers=set(),
             large=asyncio.Semaphore(lists.LARGE_LISTS),
         )
         try:
@@ -137,6 +138,8 @@ def application(settings: Settings, state: State) -> web.Application:
 
     async def end_waiting(_: web.Application) -> None:
         state.watch.close()
+        for task in state.followers:
+            task.cancel()
 
     app.on_shutdown.append(end_waiting)
     return app

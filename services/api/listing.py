@@ -198,22 +198,27 @@ class Excerpt:
     """Whose bytes alone; None: the whole output."""
     offset: int | None
     tail: int | None
+    follow: bool
+    """Whether the answer goes on until the output is complete."""
 
 
 def read_excerpt(query: MultiMapping[str], *, ranged: bool) -> Excerpt:
     """The part asked for, or Problem 422; `ranged` says that a Range header asks for one as well."""
     reader = _Reader(query)
-    reader.check_names(frozenset({"stream", "attempt", "offset", "tail"}))
+    reader.check_names(frozenset({"stream", "attempt", "offset", "tail", "follow"}))
     excerpt = Excerpt(
         stream=reader.choice("stream", ("stdout", "stderr")),
         attempt=reader.number("attempt", 1, 2**31 - 1),
         offset=reader.number("offset", 0, 2**63 - 1),
         tail=reader.number("tail", 0, 2**63 - 1),
+        follow=reader.choice("follow", ("false", "true")) == "true",
     )
     if "offset" in query and "tail" in query:
         reader.fault("tail", "excludes offset")
     if ranged and ("offset" in query or "tail" in query):
         reader.fault("offset" if "offset" in query else "tail", "excludes a Range header")
+    if ranged and excerpt.follow:
+        reader.fault("follow", "excludes a Range header: go on by Last-Event-ID or offset")
     if reader.faults:
         raise unprocessable(reader.faults)
     return excerpt

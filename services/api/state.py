@@ -32,6 +32,8 @@ class State:
     moves: Moves
     wake: Wakeup
     """Set after a commit that the scheduler should hear of."""
+    followers: set[asyncio.Task[object]]
+    """Those who follow an output: they are cut off at the end."""
     large: asyncio.Semaphore
     """Held for each large list that is being read and stored."""
 

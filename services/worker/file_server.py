@@ -3,7 +3,7 @@
 import hmac
 import os
 import socket
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import cast
 
@@ -13,26 +13,34 @@ from aiohttp import web
 from core.attempts import Stream, as_of, own_bytes
 from core.db import jobs, outputs
 from core.db.connection import CONNECTION_ERRORS, Pool, describe
-from core.records import Job
+from core.records import Attempt, Job
 from core.settings import Settings
+from core.states import State
 from services.worker import files
 from services.worker.environment import Host
+from services.worker.follow import Runs, begun, pieces
 from services.worker.launch import paths_of
 
 CHUNK = 256 * 1024
 CONTENT_TYPE = "text/plain; charset=utf-8"
+OFFSET_HEADER = "Rowlock-Offset"
+"""Of an output that is followed: where the first byte stands."""
+ENDLESS = 2**63 - 1
 
 
 class FileServer:
     """Serves ``GET /logs/{job_id}/{attempt}/{stream}`` to whoever shows the incarnation's secret.
 
     The attempt is the job's last one, and the answer the whole file; with ``?alone`` it is any, and its own bytes.
+    With ``?follow`` the answer goes on until the attempt is over; cut off, it was not.
     """
 
-    def __init__(self, settings: Settings, host: Host, pool: Pool, secret: str) -> None:
+    def __init__(self, settings: Settings, host: Host, pool: Pool, secret: str, runs: Runs) -> None:
+        """`runs` are the node's, now and later."""
         self._settings = settings
         self._host = host
         self._pool = pool
+        self._runs = runs
         self._secret = secret.encode()
         application = web.Application()
         application.router.add_get(r"/logs/{job_id:\d{1,19}}/{attempt:\d{1,10}}/{stream:stdout|stderr}", self._logs)
@@ -73,6 +81,8 @@ class FileServer:
                 job = as_of(job, await outputs.starts(connection, job_id), attempt)
         if job is None or job.node != self._settings.node_name or job.attempt != attempt:
             return web.Response(status=404)
+        if "follow" in request.query:
+            return await self._follow(request, job, stream, alone=alone)
         try:
             descriptor = files.open_for_reading(self._settings.roots, self._path(job, stream))
         except FileNotFoundError:
@@ -87,6 +97,61 @@ class FileServer:
         finally:
             os.close(descriptor)
 
+    async def _follow(self, request: web.Request, job: Job, stream: Stream, *, alone: bool) -> web.StreamResponse:
+        attempt, path = Attempt(job.job_id, job.attempt), self._path(job, stream)
+
+        async def until_begun() -> None:
+            await begun(attempt, self._runs, lambda: self._is_running(job))
+
+        async def own() -> range:
+            """Of a file that grows."""
+            return await self._own_bytes(job, stream, ENDLESS) if alone else range(ENDLESS)
+
+        if "tail" in request.query:
+            await until_begun()
+        first = (await own()).start
+        try:
+            offset = _offset(request, max(0, self._size(path) - first))
+        except (files.FileRefused, OSError):
+            return web.Response(status=404)
+        response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE, OFFSET_HEADER: str(offset)})
+        found = pieces(
+            lambda: files.open_for_reading(self._settings.roots, path),
+            first + offset,
+            lambda: (run := self._runs.get(attempt)) is None or run.over,
+            own,
+        )
+        try:
+            await response.prepare(request)
+            await until_begun()
+            async with aclosing(found):
+                async for piece in found:
+                    if request.transport is None or request.transport.is_closing():
+                        return response
+                    if piece:
+                        await response.write(piece)
+            await response.write_eof()
+        except (*CONNECTION_ERRORS, files.FileRefused):
+            # Not to its end: the connection is cut, and the reader knows.
+            if request.transport is not None:
+                request.transport.abort()
+        return response
+
+    def _size(self, path: str) -> int:
+        try:
+            descriptor = files.open_for_reading(self._settings.roots, path)
+        except FileNotFoundError:
+            return 0
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+    async def _is_running(self, job: Job) -> bool:
+        async with self._pool.acquire() as connection:
+            found = await jobs.get(connection, job.job_id)
+        return found is not None and found.state is State.RUNNING and found.attempt == job.attempt
+
     async def _own_bytes(self, job: Job, stream: Stream, size: int) -> range:
         """Of a file that had so many bytes a moment ago: whoever has written to it since then had said so before."""
         async with self._pool.acquire() as connection:
@@ -98,6 +163,13 @@ class FileServer:
     def _path(self, job: Job, stream: Stream) -> str:
         paths = paths_of(self._settings, self._host, job)
         return paths.standard_output if stream == "stdout" else paths.standard_error
+
+
+def _offset(request: web.Request, size: int) -> int:
+    """Where to begin in what has so many bytes now."""
+    if "tail" in request.query:
+        return max(0, size - int(request.query["tail"]))
+    return int(request.query.get("offset", 0))
 
 
 async def _send(request: web.Request, descriptor: int | None, part: range) -> web.StreamResponse:

@@ -203,7 +203,8 @@ async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExit
     stack.callback(pool.terminate)
     await schema.ensure(pool)
     host, secret = describe_host(settings, identity), secrets.token_urlsafe(32)
-    server = FileServer(settings, host, pool, secret)
+    runs: dict[Attempt, Run] = {}
+    server = FileServer(settings, host, pool, secret, runs)
     stack.push_async_callback(server.stop)
     spec = describe_node(settings, host, await server.start(), secret)
     incarnation, asked = await register(pool, spec, settings)
@@ -213,7 +214,7 @@ async def join(settings: Settings, spool: Spool, identity: str, stack: AsyncExit
     line = Line(settings, "worker", **PLANNED_ONCE)
     stack.callback(line.close)
     scripts = Scripts(spool.script_dir)
-    node = Node(settings, pool, line, host, spool, scripts, incarnation, asked, settings.roots, kept_since)
+    node = Node(settings, pool, line, host, spool, scripts, incarnation, asked, settings.roots, kept_since, runs=runs)
     node.hear(asked)
     return node
 
