@@ -40,6 +40,7 @@ def _stamp(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
 
 _SHARED: Sequence[Processor] = (
+    structlog.contextvars.merge_contextvars,  # of a request: its id
     structlog.processors.add_log_level,
     _stamp,
     structlog.processors.format_exc_info,

@@ -8,6 +8,8 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
 
 from core import __version__, streams
 from core.db import allocations
@@ -498,7 +500,7 @@ async def test_head_is_get_without_a_body(api: Api, node: str, path: str) -> Non
     filled = path.replace("{job_id}", str(job_id)).replace("{name:[^/]+}", node)
     got, head = await api.get(filled), await api.ask("HEAD", filled)
     assert (head.status, head.body) == (got.status, b"") == (200, b"")
-    plain = {name: value for name, value in head.headers.items() if name != "Date"}
+    plain = {name: value for name, value in head.headers.items() if name not in ("Date", "X-Request-ID")}
     assert plain.items() <= dict(got.headers).items()
 
 
@@ -509,3 +511,22 @@ async def test_what_every_answer_says(api: Api) -> None:
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Cache-Control"] == "no-store"
         assert "Access-Control-Allow-Origin" not in headers
+        assert re.fullmatch("[0-9a-f]{16}", headers["X-Request-ID"])
+
+
+@pytest.mark.parametrize("given", ["a", "4bf92f3577b34da6:a.b_c-d/e+f=g@h", "x" * 128])
+async def test_a_request_keeps_the_id_that_it_brings(api: Api, given: str) -> None:
+    with capture_logs(processors=[merge_contextvars]) as logs:
+        for path, status in ((JOBS, 200), ("/nowhere", 404)):
+            answer = await api.ask("GET", path, headers={"X-Request-ID": given})
+            assert (answer.status, answer.headers["X-Request-ID"]) == (status, given)
+        await api.get(JOBS)
+    seen = [log["request_id"] for log in logs]
+    assert seen[:2] == [given, given]
+    assert given not in seen[2:]
+
+
+@pytest.mark.parametrize("given", ["", " ", "-x", "x" * 129, "a b", 'a"b', "ä", "a;b"])
+async def test_what_is_no_id_is_replaced(api: Api, given: str) -> None:
+    answer = await api.ask("GET", JOBS, headers={"X-Request-ID": given})
+    assert re.fullmatch("[0-9a-f]{16}", answer.headers["X-Request-ID"])

@@ -21,7 +21,7 @@ from core.errors import Unavailable
 from core.moves import Moves
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
-from services.api import cancel, health, jobs, lists, logs, nodes
+from services.api import cancel, health, jobs, lists, logs, nodes, request_id
 from services.api.call import Calls
 from services.api.database import Database
 from services.api.guard import guard
@@ -149,14 +149,15 @@ def application(settings: Settings, state: State) -> web.Application:
 async def note_access(request: web.Request, handler: Handler) -> web.StreamResponse:
     """One event per request."""
     began = time.perf_counter()
-    response = await handler(request)
-    _log.debug(
-        "request",
-        method=request.method,
-        path=request.rel_url.raw_path,
-        status=response.status,
-        seconds=round(time.perf_counter() - began, 6),
-    )
+    with request_id.known(request):
+        response = await handler(request)
+        _log.debug(
+            "request",
+            method=request.method,
+            path=request.rel_url.raw_path,
+            status=response.status,
+            seconds=round(time.perf_counter() - began, 6),
+        )
     return response
 
 
@@ -166,5 +167,7 @@ async def _expect(request: web.Request) -> None:
         raise web.HTTPExpectationFailed
 
 
-async def _add_headers(_: web.Request, response: web.StreamResponse) -> None:
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.update(HEADERS)
+    if (own := request_id.of(request)) is not None:
+        response.headers[request_id.HEADER] = own
