@@ -530,3 +530,46 @@ async def test_a_request_keeps_the_id_that_it_brings(api: Api, given: str) -> No
 async def test_what_is_no_id_is_replaced(api: Api, given: str) -> None:
     answer = await api.ask("GET", JOBS, headers={"X-Request-ID": given})
     assert re.fullmatch("[0-9a-f]{16}", answer.headers["X-Request-ID"])
+
+
+@pytest.mark.parametrize("path", ["", "?limit=2", "/{}", "/{}?fields=state"])
+async def test_what_has_not_changed_is_not_sent_again(api: Api, path: str) -> None:
+    job_id = (await api.submit())["job_id"]
+    url = JOBS + path.format(job_id)
+    first = await api.get(url)
+    tag = first.headers["ETag"]
+    for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+        for method in ("GET", "HEAD"):
+            answer = await api.ask(method, url, headers={"If-None-Match": known})
+            assert (answer.status, answer.body, answer.headers["ETag"]) == (304, b"", tag)
+    assert (await api.ask("GET", url, headers={"If-None-Match": '"other"'})).body == first.body
+    await api.ask("DELETE", f"{JOBS}/{job_id}")
+    changed = await api.ask("GET", url, headers={"If-None-Match": tag})
+    assert changed.status == 200
+    assert changed.headers["ETag"] != tag
+
+
+@pytest.mark.parametrize("path", ["/0", "?limit=x"])
+async def test_a_problem_has_no_tag(api: Api, path: str) -> None:
+    answer = await api.ask("GET", JOBS + path, headers={"If-None-Match": "*"})
+    assert answer.status >= 400
+    assert "ETag" not in answer.headers
+
+
+async def test_some_fields_alone(api: Api) -> None:
+    job = await api.submit()
+    one = f"{JOBS}/{job['job_id']}"
+    assert (await api.get(f"{one}?fields=state,job_id")).json == {"job_id": job["job_id"], "state": "PENDING"}
+    assert (await api.get(f"{one}?fields=account&fields=name")).json == {"name": job["name"], "account": "test"}
+    assert (await api.get(f"{one}?fields=state&wait=10ms&until=running")).json == {"state": "PENDING"}
+    page = (await api.get(f"{JOBS}?fields=job_id&limit=1")).json
+    assert page["jobs"] == [{"job_id": job["job_id"]}]
+    assert set(page) == {"jobs", "next_cursor"}
+
+
+@pytest.mark.parametrize("path", ["", "/{}"])
+@pytest.mark.parametrize("value", ["", "state,", "secret", "state,id"])
+async def test_fields_that_there_are_not(api: Api, path: str, value: str) -> None:
+    job_id = (await api.submit())["job_id"]
+    answer = await api.get(f"{JOBS}{path.format(job_id)}?fields={value}")
+    check_problem(answer, 422, "should be among job_id, name", "fields", "parameter")

@@ -23,6 +23,7 @@ from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
 from services.api import cancel, health, jobs, lists, logs, nodes, request_id
 from services.api.call import Calls
+from services.api.conditional import answer_unchanged
 from services.api.database import Database
 from services.api.guard import guard
 from services.api.models import Site
@@ -128,7 +129,9 @@ def _user() -> str:
 
 def application(settings: Settings, state: State) -> web.Application:
     """The routes, behind the guard and the problem answers."""
-    app = web.Application(middlewares=[note_access, answer_problems, guard(settings)], client_max_size=0)
+    app = web.Application(
+        middlewares=[note_access, answer_problems, guard(settings), answer_unchanged], client_max_size=0
+    )
     app[STATE] = state
     for method, path, handler in ROUTES:
         # A route for GET answers HEAD as well.

@@ -7,7 +7,7 @@ import structlog
 from aiohttp import web
 
 from core.db import jobs
-from core.documents import JobsDocument, SubmittedDocument
+from core.documents import SubmittedDocument
 from core.records import Job
 from services.api import guard, idempotency, listing, lists, models, rendering, state, strict_json
 from services.api.problems import Problem
@@ -81,7 +81,7 @@ async def get_job(request: web.Request) -> web.Response:
     else:
         async with api.database.connection() as connection:
             job = await jobs.get(connection, job_id)
-    return rendering.answer(rendering.job_document(found(job, job_id)))
+    return rendering.answer(rendering.part(rendering.job_document(found(job, job_id)), patience.fields))
 
 
 async def get_script(request: web.Request) -> web.Response:
@@ -106,8 +106,8 @@ async def list_jobs(request: web.Request) -> web.Response:
             limit=asked.limit + 1,  # one more, to know whether there is another page
         )
     shown = page[: asked.limit]
-    document: JobsDocument = {
-        "jobs": [rendering.job_document(job) for job in shown],
+    document = {
+        "jobs": [rendering.part(rendering.job_document(job), asked.fields) for job in shown],
         "next_cursor": asked.cursor_behind(shown[-1]) if len(page) > asked.limit else None,
     }
     return rendering.answer(document)

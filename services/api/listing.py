@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from multidict import MultiMapping
 
 from core.db.jobs import Filter
+from core.documents import JobDocument
 from core.records import Job
 from core.states import FINAL, State
 from services.api.problems import Fault, unprocessable
@@ -20,7 +22,7 @@ DEFAULT_LIMIT = 50
 MAX_LIMIT = 200
 MAX_WAIT_SECONDS = 60
 PARAMETERS = frozenset(
-    {"order", "state", "account", "name", "node", "submitted_after", "submitted_before", "limit", "cursor"}
+    {"order", "state", "account", "name", "node", "submitted_after", "submitted_before", "limit", "cursor", "fields"}
 )
 
 # A plus sign in a query is a blank to its reader: take that back for a time's offset.
@@ -38,6 +40,8 @@ class Listing:
     newest_first: bool
     limit: int
     after: int | None
+    fields: frozenset[str] | None
+    """Of each job; None: all."""
 
     @property
     def fingerprint(self) -> str:
@@ -116,18 +120,26 @@ class _Reader:
         self.fault(name, "should be an RFC 3339 time with its offset, such as 2026-01-31T12:00:00Z")
         return None
 
-    def states(self, name: str) -> tuple[State, ...] | None:
-        words = [word.strip() for value in self._query.getall(name, []) for word in value.split(",")]
-        known = [word for word in words if word in State.__members__]
+    def several(self, name: str, choices: Iterable[str]) -> frozenset[str] | None:
+        """Words with commas between them; None where there are none."""
+        words = {word.strip() for value in self._query.getall(name, []) for word in value.split(",")}
+        known = words.intersection(choices)
         if len(known) < len(words):
-            self.fault(name, f"should be among {', '.join(State)}")
-        return tuple(sorted({State(word) for word in known})) if words else None
+            self.fault(name, f"should be among {', '.join(choices)}")
+        return frozenset(known) if words else None
+
+    def states(self, name: str) -> tuple[State, ...] | None:
+        found = self.several(name, State.__members__)
+        return None if found is None else tuple(sorted(map(State, found)))
+
+    def fields(self) -> frozenset[str] | None:
+        return self.several("fields", JobDocument.__annotations__)
 
 
 def read(query: MultiMapping[str]) -> Listing:
     """The listing that a query asks for, or Problem 422 with everything that is wrong with it."""
     reader = _Reader(query)
-    reader.check_names(PARAMETERS, several=frozenset({"state"}))
+    reader.check_names(PARAMETERS, several=frozenset({"state", "fields"}))
     listing = Listing(
         wanted=Filter(
             states=reader.states("state"),
@@ -140,11 +152,12 @@ def read(query: MultiMapping[str]) -> Listing:
         newest_first=reader.choice("order", ("newest", "oldest")) == "newest",
         limit=reader.number("limit", 1, MAX_LIMIT) or DEFAULT_LIMIT,
         after=None,
+        fields=reader.fields(),
     )
     after = _after(reader, query.get("cursor"), listing)
     if reader.faults:
         raise unprocessable(reader.faults)
-    return Listing(listing.wanted, listing.newest_first, listing.limit, after)
+    return replace(listing, after=after)
 
 
 def _after(reader: _Reader, cursor: str | None, listing: Listing) -> int | None:
@@ -168,10 +181,11 @@ def _after(reader: _Reader, cursor: str | None, listing: Listing) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """For how long ``GET /jobs/{job_id}`` waits, and for what."""
+    """For how long ``GET /jobs/{job_id}`` waits, for what, and what is answered."""
 
     seconds: float
     until: frozenset[State]
+    fields: frozenset[str] | None
 
 
 _UNTIL = {"final": FINAL, "running": FINAL | {State.RUNNING}}
@@ -180,8 +194,12 @@ _UNTIL = {"final": FINAL, "running": FINAL | {State.RUNNING}}
 def read_patience(query: MultiMapping[str]) -> Patience:
     """What a query wants to wait for, or Problem 422; without ``wait``, nothing."""
     reader = _Reader(query)
-    reader.check_names(frozenset({"wait", "until"}))
-    patience = Patience(reader.duration("wait", MAX_WAIT_SECONDS) or 0, _UNTIL[reader.choice("until", tuple(_UNTIL))])
+    reader.check_names(frozenset({"wait", "until", "fields"}), several=frozenset({"fields"}))
+    patience = Patience(
+        seconds=reader.duration("wait", MAX_WAIT_SECONDS) or 0,
+        until=_UNTIL[reader.choice("until", tuple(_UNTIL))],
+        fields=reader.fields(),
+    )
     if "until" in query and "wait" not in query:
         reader.fault("until", "needs wait, such as wait=10s")
     if reader.faults:

@@ -82,6 +82,11 @@ def job_document(job: Job) -> JobDocument:
     }
 
 
+def part(job: JobDocument, fields: frozenset[str] | None) -> Mapping[str, object]:
+    """These fields of a job, in its order; None: all."""
+    return job if fields is None else {name: value for name, value in job.items() if name in fields}
+
+
 def node_document(node: Node) -> NodeDocument:
     """The node as clients see it; its secret is not among it."""
     return {
