@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from contextlib import suppress
 
 import asyncpg
 import pytest
@@ -102,6 +103,36 @@ async def test_it_serves_until_told_to_stop_and_finishes_what_it_began(
     async with Client(f"http://127.0.0.1:{ports[0]}") as client:
         with pytest.raises(ClientError, match="cannot be reached"):
             await client.health()
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /no HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+async def test_a_head_that_never_ends_is_cut_off(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    monkeypatch.setattr(serving, "KEEP_ALIVE_SECONDS", 0.3)
+    stop, ports = asyncio.Event(), asyncio.Queue[int]()
+    listen = serving.listen
+
+    async def noted(runner: serving.Runner, given: Settings) -> None:
+        await listen(runner, given)
+        ports.put_nowait(runner.addresses[0][1])
+
+    async def send_on(writer: asyncio.StreamWriter) -> None:
+        while not writer.is_closing():
+            writer.write(b"x")
+            await asyncio.sleep(0.02)
+
+    monkeypatch.setattr(serving, "listen", noted)
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
+        group.create_task(serve(settings, stop))
+        reader, writer = await asyncio.open_connection("127.0.0.1", await ports.get())
+        writer.write(before + b"GET / HTTP/1.1\r\nX: ")
+        sending = group.create_task(send_on(writer))
+        with suppress(ConnectionError):
+            assert (await reader.read()).startswith(b"HTTP/1.1 404" if before else b"")
+        writer.transport.abort()
+        sending.cancel()
+        stop.set()
 
 
 async def _well(client: Client) -> None:

@@ -14,7 +14,8 @@ from services.api.guard import check_address
 from services.api.problems import Problem, from_http_exception
 
 FINISH_SECONDS = 5
-KEEP_ALIVE_SECONDS = 75
+KEEP_ALIVE_SECONDS = 30
+"""Also for a head to arrive in, from its first byte on: slow ones are cut off by the same clock."""
 
 
 class ListenError(RowlockError):
