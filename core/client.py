@@ -20,6 +20,8 @@ from core.states import FINAL
 
 LONGEST_WAIT_SECONDS = 20.0
 """Of one request; the next one goes on."""
+LONGEST_QUIET_SECONDS = 15.0
+"""Of an output that is followed, between two comments."""
 MOST_WAITS = 500
 """At a time, on connections of their own: what waits for jobs holds up nothing else."""
 FIRST_RETRY_SECONDS = 0.1
@@ -146,17 +148,17 @@ class Client:
 
         Of a job that is run again, the bytes of each attempt. A server that is away is waited for.
         """
-        place = _Place({"stream": stream, "follow": "true"}, offset)
+        place = _Place({"stream": stream, "follow": "true", "offset": offset})
         pause = FIRST_RETRY_SECONDS
         while not place.over:
-            before = place.offset
+            before = place.mark
             try:
                 async for data in self._followed(job_id, place):
                     yield data
             except ClientError as error:
                 if not error.may_pass:
                     raise
-            if place.over or place.offset != before:
+            if place.over or place.mark != before:
                 pause = FIRST_RETRY_SECONDS
                 continue
             await asyncio.sleep(pause)
@@ -164,7 +166,9 @@ class Client:
 
     async def _followed(self, job_id: int, place: "_Place") -> AsyncIterator[bytes]:
         path = f"/api/v1/jobs/{job_id}/logs"
-        async with self._answered("GET", path, place.query, headers={"Last-Event-ID": str(place.offset)}) as answer:
+        headers = {} if place.last is None else {"Last-Event-ID": place.last}
+        patience = max(self._seconds, 2 * LONGEST_QUIET_SECONDS)
+        async with self._answered("GET", path, place.query, headers=headers, patience=patience) as answer:
             async for event in _events(answer):
                 try:
                     data = place.read(event)
@@ -257,7 +261,9 @@ class Client:
         query: Mapping[str, str | int] | None,
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
+        patience: float | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        # `patience`: seconds without a byte, of an answer that may go on for ever.
         # From a file, as it were: aiohttp warns of large bodies that are bytes.
         sent = None if body is None else BytesIO(json.dumps(body).encode())
         given = dict(headers or {})
@@ -265,8 +271,12 @@ class Client:
             given["Content-Type"] = "application/json"
         session = self._waiting if {"wait", "follow"} & set(query or {}) else self._session
         assert session is not None, "use the client as a context"
+        limits = None if patience is None else aiohttp.ClientTimeout(sock_connect=self._seconds, sock_read=patience)
+        more: dict[str, Any] = {} if limits is None else {"timeout": limits}
         try:
-            async with session.request(method, self.address + path, params=query, data=sent, headers=given) as answer:
+            async with session.request(
+                method, self.address + path, params=query, data=sent, headers=given, **more
+            ) as answer:
                 if answer.status >= 400:
                     raise ClientError(answer.status, await _problem(answer))
                 yield answer
@@ -280,18 +290,25 @@ class _Place:
     """How far an output has been read."""
 
     query: dict[str, str | int]
-    offset: int
+    last: str | None = None
+    """The id of the last event."""
     over: bool = False
+
+    @property
+    def mark(self) -> tuple[object, ...]:
+        """What changes as it is read on."""
+        return self.last, self.query.get("attempt")
 
     def read(self, event: Mapping[str, str]) -> bytes:
         """The bytes of an event. Where an attempt has ended and its job waits again, the next one is what follows."""
         if event.get("event") == "end":
             said = json.loads(event["data"])
             self.over = said["state"] in _FINAL
-            self.query["attempt"], self.offset = said["attempt"] + 1, 0
+            self.query |= {"attempt": int(said["attempt"]) + 1, "offset": 0}
+            self.last = None
             return b""
         data = base64.b64decode(event["data"])
-        self.offset = int(event["id"])
+        self.last = event["id"]
         return data
 
 

@@ -50,5 +50,5 @@ def heard(payload: str) -> list[Placed]:
     try:
         node, told = json.loads(payload)
         return [Placed(int(job_id), int(attempt), str(node), int(cpus)) for job_id, attempt, cpus in told]
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return []

@@ -4,6 +4,8 @@ import asyncio
 import base64
 import json
 import random
+import resource
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from types import SimpleNamespace
@@ -13,11 +15,12 @@ import aiohttp
 import pytest
 
 from core.client import Client
-from core.db import nodes
+from core.db import allocations, jobs, nodes, outputs
 from core.db.connection import open_pool
-from core.records import Attempt
-from core.states import State
+from core.records import Attempt, Ending, Output
+from core.states import Reason, State
 from services.api import follow as following
+from services.worker import file_server
 from services.worker.file_server import FileServer
 from services.worker.launch import describe_host
 from tests.api import JOBS, Api, api_of_a_module, check_problem, serving, until
@@ -89,9 +92,9 @@ class Stream:
                 found[name] = value
         return found
 
-    async def piece(self) -> tuple[int, bytes]:
+    async def piece(self) -> tuple[str, bytes]:
         found = await self.event()
-        return int(found["id"]), base64.b64decode(found["data"])
+        return found["id"], base64.b64decode(found["data"])
 
     async def end(self) -> dict[str, Any]:
         found = await self.event()
@@ -127,12 +130,12 @@ async def test_lines_come_as_they_are_written_and_then_the_end(node: Node, runs:
     attempt = await node.run(b"one\n")
     runs.begin(attempt)
     async with followed(node.api, attempt) as stream:
-        assert await stream.piece() == (4, b"one\n")
+        assert await stream.piece() == ("4", b"one\n")
         write(node.file(attempt), b"\xfftwo\n")
-        assert await stream.piece() == (9, b"\xfftwo\n")
+        assert await stream.piece() == ("9", b"\xfftwo\n")
         write(node.file(attempt), b"last")
         await over(node, runs, attempt)
-        assert await stream.piece() == (13, b"last")
+        assert await stream.piece() == ("13", b"last")
         assert await stream.end() == {"job_id": attempt.job_id, "attempt": 1, "state": "COMPLETED"}
 
 
@@ -140,11 +143,11 @@ async def test_of_what_is_over_everything_and_the_end(node: Node, runs: Runs) ->
     attempt = await node.run(b"0123456789")
     await finish(node.api.database, attempt, node=node.name, incarnation=node.incarnation, state=State.FAILED)
     for query, headers, expected in (
-        ("", {}, (10, b"0123456789")),
-        ("&offset=4", {}, (10, b"456789")),
-        ("&tail=3", {}, (10, b"789")),
-        ("&offset=1", {"Last-Event-ID": "8"}, (10, b"89")),
-        ("&attempt=1&offset=9", {}, (10, b"9")),
+        ("", {}, ("10", b"0123456789")),
+        ("&offset=4", {}, ("10", b"456789")),
+        ("&tail=3", {}, ("10", b"789")),
+        ("&offset=1", {"Last-Event-ID": "8"}, ("10", b"89")),
+        ("&attempt=1&offset=9", {}, ("10", b"9")),
     ):
         async with followed(node.api, attempt, query, **headers) as stream:
             assert await stream.piece() == expected
@@ -166,7 +169,7 @@ async def test_what_waits_is_followed_from_its_start(node: Node, runs: Runs) -> 
         runs.begin(attempt)
         assert await start(node.api.database, attempt, node=node.name, incarnation=node.incarnation)
         write(node.file(attempt), b"begun")
-        assert await stream.piece() == (5, b"begun")
+        assert await stream.piece() == ("5", b"begun")
         await over(node, runs, attempt)
         assert (await stream.end())["state"] == "COMPLETED"
 
@@ -175,7 +178,7 @@ async def test_what_is_cancelled_before_it_began_ends(node: Node) -> None:
     job_id = (await node.api.submit())["job_id"]
     async with followed(node.api, Attempt(job_id, 1)) as stream:
         assert (await node.api.ask("DELETE", f"{JOBS}/{job_id}")).status == 200
-        assert await stream.end() == {"job_id": job_id, "attempt": 0, "state": "CANCELLED"}
+        assert await stream.end() == {"job_id": job_id, "attempt": 1, "state": "CANCELLED"}
 
 
 async def test_what_stood_in_the_file_before_is_not_shown(node: Node, runs: Runs) -> None:
@@ -186,7 +189,7 @@ async def test_what_stood_in_the_file_before_is_not_shown(node: Node, runs: Runs
         await asyncio.sleep(0.3)  # in which it would be read
         node.file(attempt).write_bytes(b"own")
         starting.script = object()
-        assert await stream.piece() == (3, b"own")
+        assert await stream.piece() == ("3", b"own")
         await over(node, runs, attempt)
         await stream.end()
 
@@ -196,18 +199,90 @@ async def test_an_attempt_that_goes_back_ends_without_a_final_state(node: Node, 
     first = await node.run(b"first")
     runs.begin(first)
     async with followed(node.api, first, "&attempt=1" if alone else "") as stream:
-        assert await stream.piece() == (5, b"first")
+        assert await stream.piece() == ("5", b"first")
         await over(node, runs, first, State.PENDING)
         assert await stream.end() == {"job_id": first.job_id, "attempt": 1, "state": "PENDING"}
     async with followed(node.api, first, "&attempt=2") as stream:
         second = await node.again(first, b"second")
         runs.begin(second)
-        assert await stream.piece() == (6, b"second")
+        assert await stream.piece() == ("2-6", b"second")
         await over(node, runs, second)
         assert await stream.end() == {"job_id": first.job_id, "attempt": 2, "state": "COMPLETED"}
     async with followed(node.api, first, "&attempt=1") as stream:  # what the second has appended is not its own
-        assert await stream.piece() == (5, b"first")
+        assert await stream.piece() == ("5", b"first")
         assert (await stream.end())["attempt"] == 1
+
+
+async def test_a_restart_is_followed_that_has_not_stored_yet_where_it_begins(node: Node, runs: Runs) -> None:
+    first = await node.run(b"first")
+    await node.went_back(first)
+    second = await give(node.api.database, first.job_id, node.name)
+    runs.begin(second)
+    async with followed(node.api, first, "&attempt=2") as stream:
+        assert await jobs.start(node.api.database, [second], node=node.name, incarnation=node.incarnation)
+        for _ in range(6):  # it waits: comments, each with an empty line
+            assert await stream.line() in (":\n", "\n")
+        begun = Output(second.job_id, 2, 1, len(b"first"), None)
+        assert await outputs.store(node.api.database, [begun], node=node.name, incarnation=node.incarnation)
+        write(node.file(second), b"second")
+        assert await stream.piece() == ("2-6", b"second")
+        await over(node, runs, second)
+        assert (await stream.end())["state"] == "COMPLETED"
+
+
+async def test_who_was_cut_off_goes_on_in_the_attempt_that_it_was_in(node: Node, runs: Runs) -> None:
+    first = await node.run(b"first")
+    await node.went_back(first)
+    second = await node.again(first, b"second")
+    runs.begin(second)
+    async with followed(node.api, first, **{"Last-Event-ID": "3"}) as stream:
+        assert await stream.piece() == ("5", b"st")
+        assert await stream.end() == {"job_id": first.job_id, "attempt": 1, "state": "PENDING"}
+    async with followed(node.api, first, **{"Last-Event-ID": "2-3"}) as stream:
+        assert await stream.piece() == ("2-6", b"ond")
+        await over(node, runs, second)
+        assert (await stream.end())["state"] == "COMPLETED"
+    async with followed(node.api, first, "&attempt=1&tail=2") as stream:
+        assert await stream.piece() == ("5", b"st")
+        assert await stream.end() == {"job_id": first.job_id, "attempt": 1, "state": "PENDING"}
+
+
+async def test_an_attempt_whose_node_is_gone_keeps_nobody_from_the_next(node: Node, runs: Runs) -> None:
+    await register(node.api.database, a_node("lost", 4, address="http://127.0.0.1:9", secret=SECRET))
+    first = await give(node.api.database, (await node.api.submit(requeue=True))["job_id"], "lost")
+    assert await start(node.api.database, first, node="lost")
+    ending = Ending(first.job_id, 1, State.PENDING, Reason.NONE)
+    assert await allocations.release(node.api.database, [ending], node="lost", before=State.RUNNING)
+    await node.api.database.execute("UPDATE node_leases SET lease_until = now() WHERE node = 'lost'")
+    second = await node.again(first, b"second")
+    runs.begin(second)
+    async with followed(node.api, first, **{"Last-Event-ID": "3"}) as stream:
+        assert await stream.end() == {"job_id": first.job_id, "attempt": 1, "state": "PENDING"}
+    answer = await node.api.get(logs_of(first, "?follow=true&attempt=1"))
+    check_problem(answer, 503, "lease is over")
+    await over(node, runs, second)
+
+
+async def test_followers_leave_descriptors_to_jobs(node: Node, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = await node.run(b"seen")
+    runs.begin(attempt)
+    monkeypatch.setattr(file_server, "FOLLOWERS_SHARE", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    async with followed(node.api, attempt) as stream:
+        assert await stream.piece() == ("4", b"seen")
+        check_problem(await node.api.get(logs_of(attempt, "?follow=true")), 503, "answered 503")
+    await over(node, runs, attempt)
+
+
+async def test_a_worker_that_answers_nothing_is_not_waited_for(
+    node: Node, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "QUIET_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        await register(node.api.database, a_node("silent", 4, address=address, secret=SECRET, work_base_dir="/w"))
+        attempt = await give(node.api.database, (await node.api.submit())["job_id"], "silent")
+        assert await start(node.api.database, attempt, node="silent")
+        check_problem(await node.api.get(logs_of(attempt, "?follow=true")), 503, "does not answer")
 
 
 async def test_a_client_reads_every_attempt(node: Node, runs: Runs, client: Client) -> None:
@@ -287,7 +362,7 @@ async def test_a_worker_that_is_gone_cuts_the_stream_off(node: Node, runs: Runs)
     write(node.file(attempt), b"seen")
     with pytest.raises(aiohttp.ClientPayloadError):  # noqa: PT012 - it ends there
         async with followed(node.api, attempt) as stream:
-            assert await stream.piece() == (4, b"seen")
+            assert await stream.piece() == ("4", b"seen")
             await server.stop()
             pool.terminate()
             await stream.event()
@@ -303,7 +378,7 @@ async def test_a_silent_node_whose_lease_is_over_cuts_the_stream_off(
     runs.begin(attempt)
     with pytest.raises(aiohttp.ClientPayloadError):  # noqa: PT012 - it ends there
         async with followed(node.api, attempt) as stream:
-            assert await stream.piece() == (4, b"seen")
+            assert await stream.piece() == ("4", b"seen")
             assert await stream.line() == ":\n"  # it is quiet, and lives
             await node.api.database.execute("UPDATE node_leases SET lease_until = now() WHERE node = 'followed'")
             await stream.event()
@@ -324,7 +399,7 @@ async def test_an_api_that_stops_waits_for_nobody_who_follows(node: Node, runs: 
         await until(lambda: state.database.is_open)
         url = f"http://127.0.0.1:{port}{logs_of(attempt, '?follow=true')}"
         async with session.get(url) as answer, asyncio.timeout(LONG):
-            assert await Stream(answer).piece() == (4, b"seen")
+            assert await Stream(answer).piece() == ("4", b"seen")
             await stack.aclose()
             with pytest.raises(aiohttp.ClientPayloadError):
                 await answer.content.read()
@@ -335,7 +410,7 @@ async def test_who_goes_is_not_followed_for(node: Node, runs: Runs) -> None:
     attempt = await node.run(b"seen")
     runs.begin(attempt)
     async with followed(node.api, attempt) as stream:
-        assert await stream.piece() == (4, b"seen")
+        assert await stream.piece() == ("4", b"seen")
         stream.answer.close()
     write(node.file(attempt), b"unseen")
     await until(lambda: not node.api.state.followers)
@@ -361,6 +436,10 @@ async def test_head_begins_nothing(node: Node, runs: Runs) -> None:
         ("?follow=true", {"Range": "bytes=0-1"}, 422, "excludes"),
         ("?follow=true", {"Last-Event-ID": "x"}, 400, "Last-Event-ID"),
         ("?follow=true", {"Last-Event-ID": "9223372036854775808"}, 400, "Last-Event-ID"),
+        ("?follow=true", {"Last-Event-ID": "0-1"}, 400, "Last-Event-ID"),
+        ("?follow=true&attempt=1", {"Last-Event-ID": "2-1"}, 400, "Last-Event-ID"),
+        ("?follow=true&offset=4611686018427387905", {}, 422, "from 0 to"),
+        ("?follow=true&attempt=3", {}, 422, "at most 1"),
         ("?follow=true", {"Last-Event-ID": "-1"}, 400, "Last-Event-ID"),
     ],
 )

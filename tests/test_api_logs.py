@@ -501,7 +501,7 @@ async def test_a_worker_shows_no_attempt_of_another_node(node: Node, elsewhere: 
     ending = Ending(first.job_id, first.attempt, State.PENDING, Reason.NONE)
     assert await allocations.release(node.api.database, [ending], node=name, before=State.RUNNING)
     second = await node.again(first)
-    check_problem(await node.api.get(logs_of(second, "?attempt=1")), 404, "no such output")
+    check_problem(await node.api.get(logs_of(second, "?attempt=1")), 503, "answered 409")
 
 
 @pytest.mark.parametrize("attempt", ["0", "-1", "", "one", "1.0", "1e0", "%D9%A1", "9" * 20, "2147483648", "1;2"])
@@ -548,7 +548,7 @@ async def test_a_worker_that_wants_another_secret(node: Node, elsewhere: Callabl
 async def test_a_worker_shows_nothing_of_another_node(node: Node, elsewhere: Callable[..., Any]) -> None:
     attempt = await elsewhere(node.address)
     write(node.file(attempt), b"hunter2")
-    check_problem(await node.api.get(logs_of(attempt)), 404, "no such output")
+    check_problem(await node.api.get(logs_of(attempt)), 503, "answered 409")
 
 
 async def test_a_worker_whose_lease_is_over(node: Node, elsewhere: Callable[..., Any]) -> None:

@@ -497,7 +497,9 @@ async def test_the_leader_logs_what_workers_have_taken(
     async with leading(settings, Wakeup(), led):
         await until(lambda: led.now)
         with capture_logs() as logs:
-            for rubbish in ("", "x", "1", "[]", '["n1", 5]', '["n1", [[1, 2]]]', '["n1", [["x", 1, 1]]]', "[" * 5000):
+            jobs_of = '["n1", [[{}, 1, 1]]]'
+            rubbish_of_jobs = [jobs_of.format(job_id) for job_id in ('"x"', "1e999", "null", "1, 2")]
+            for rubbish in ("", "x", "1", "[]", '["n1", 5]', "[" * 5000, *rubbish_of_jobs):
                 await connection.execute("SELECT pg_notify($1, $2)", taken.CHANNEL, rubbish)
             own = Taken()
             own.add([a_spec(job_id=2**62, attempt=3, cpus=4)])

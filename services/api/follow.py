@@ -1,6 +1,6 @@
 """``GET /jobs/{job_id}/logs?follow=true``: an output as it is written, as server-sent events (WHATWG HTML, 9.2).
 
-An event's id is the offset behind its bytes: who was cut off goes on from there by Last-Event-ID, and has each byte
+An event's id says what is behind its bytes: who was cut off goes on from there by Last-Event-ID, and has each byte
 once. What cannot be followed to its end is cut off as well: the end was not said.
 """
 
@@ -9,10 +9,11 @@ import base64
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import aiohttp
+import structlog
 from aiohttp import web
 
 from core.db import jobs, nodes
@@ -21,19 +22,20 @@ from core.records import Job
 from core.states import FINAL, State
 from services.api import guard, state
 from services.api.jobs import found
-from services.api.listing import Excerpt
-from services.api.problems import Problem
-from services.api.source import Source, ask, find
+from services.api.listing import MOST_OFFSET, Excerpt
+from services.api.problems import Problem, unavailable
+from services.api.source import Source, ask, find, goes_nowhere
 
 QUIET_SECONDS = 15.0
 """After which a comment shows that the connection lives."""
 AGAIN_SECONDS = 1.0
+STORED_SECONDS = 0.1
 PIECE = 32 * 1024
 """Bytes of an event at most: readers of lines have limits."""
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
 HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
 
-_OFFSET = re.compile(r"[0-9]{1,19}", re.ASCII)
+_EVENT_ID = re.compile(r"(?:([0-9]{1,10})-)?([0-9]{1,19})", re.ASCII)
 _BEGUN = FINAL | {State.RUNNING}
 _NOT_RUNNING = frozenset(State) - {State.RUNNING}
 
@@ -69,36 +71,39 @@ class _Events:
         if not self.response.prepared:
             await self.response.prepare(self._request)
 
-    async def piece(self, data: bytes, offset: int) -> None:
-        """Bytes of the output, and the offset behind them."""
-        await self.say(f"id: {offset}\ndata: {base64.b64encode(data).decode()}\n\n")
+    async def piece(self, data: bytes, behind: "_Place") -> None:
+        """Bytes of the output, and what comes behind them."""
+        await self.say(f"id: {behind}\ndata: {base64.b64encode(data).decode()}\n\n")
 
     async def quiet(self) -> None:
         """A comment."""
         await self.say(":\n\n")
 
     async def end(self, job: Job, attempt: int) -> None:
-        """The output of an attempt is complete."""
-        document = {"job_id": job.job_id, "attempt": attempt, "state": job.state}
+        """The output of an attempt is complete. One that another has followed since had sent its job back."""
+        state = job.state if attempt >= job.attempt else State.PENDING
+        document = {"job_id": job.job_id, "attempt": attempt, "state": state}
         await self.say(f"event: end\ndata: {json.dumps(document)}\n\n")
         await self.response.write_eof()
 
 
 async def follow(request: web.Request, job_id: int, excerpt: Excerpt) -> web.StreamResponse:
-    """The output of a job's last attempt, or of one attempt alone, from its start to its end.
+    """The own bytes of one attempt, the last one where none is named, of what waits the next, until it is over.
 
-    Of what waits, the next attempt's. Ends when the attempt is over, with the job's state: of one that goes back to the
-    queue that is none of the final ones, and its next attempt is followed by ``attempt=``.
+    Then the job's state is said: of one that went back to the queue, or runs again, that is none of the final ones,
+    and what follows is its next attempt.
     """
     events = _Events(request)
     with _known(state.of(request)):
         try:
-            await _follow(request, events, job_id, _resumed(request, excerpt))
+            await _follow(request, events, job_id, excerpt)
         except _Gone:
             pass
-        except (Problem, Unavailable, aiohttp.ClientError, OSError):
+        except Exception as error:
             if not events.begun:
                 raise
+            if not isinstance(error, Problem | Unavailable | aiohttp.ClientError | OSError):
+                structlog.get_logger().error("request_crashed", path=request.rel_url.raw_path, exc_info=error)
             if request.transport is not None:
                 request.transport.abort()
     return events.response
@@ -116,28 +121,20 @@ def _known(api: state.State) -> Iterator[None]:
         api.followers.discard(task)
 
 
-def _resumed(request: web.Request, excerpt: Excerpt) -> Excerpt:
-    last = request.headers.get("Last-Event-ID")
-    if last is None:
-        return excerpt
-    if not _OFFSET.fullmatch(last) or int(last) >= 2**63:
-        raise Problem(400, "Last-Event-ID should be the id of an event of this stream: an offset in bytes")
-    return replace(excerpt, offset=int(last), tail=None)
-
-
 async def _follow(request: web.Request, events: _Events, job_id: int, excerpt: Excerpt) -> None:
     api = state.of(request)
-    async with api.database.connection() as connection:
-        job = found(await jobs.get(connection, job_id), job_id)
+    resumed = _last_event(request, excerpt.attempt)
+    job = await _look(api, job_id)
+    attempt = resumed.attempt if resumed else excerpt.attempt or _attempt_of(job)
+    offset = resumed.offset if resumed else excerpt.offset
+    excerpt = replace(excerpt, attempt=attempt, offset=offset, tail=None if resumed else excerpt.tail)
     if request.method == "HEAD":
         await events.begin()
         return
-    if _waits(job, excerpt.attempt):
+    if _waits(job, attempt):
         job = await _once(api, events, job, _BEGUN)
-    attempt = excerpt.attempt or job.attempt
-    if attempt <= job.attempt or not events.begun:  # a problem, where it has had no such attempt
-        async with api.database.connection() as connection:
-            source = await find(connection, job, excerpt)
+    if not (job.state in FINAL and attempt == job.attempt + 1):  # it did not come to that one
+        job, source = await _source(api, events, job, excerpt, resumed=resumed is not None)
         if source is not None:
             await _pass_on(request, events, source, excerpt)
     if attempt == job.attempt and job.state is State.RUNNING:
@@ -145,11 +142,65 @@ async def _follow(request: web.Request, events: _Events, job_id: int, excerpt: E
     await events.end(job, attempt)
 
 
-def _waits(job: Job, attempt: int | None) -> bool:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    attempt: int
+    offset: int
+
+    def __str__(self) -> str:
+        """As an event's id: the offset; behind its attempt, if that is a later one than the first."""
+        return f"{self.offset}" if self.attempt == 1 else f"{self.attempt}-{self.offset}"
+
+
+def _last_event(request: web.Request, attempt: int | None) -> _Place | None:
+    last = request.headers.get("Last-Event-ID")
+    if last is None:
+        return None
+    found = _EVENT_ID.fullmatch(last)
+    place = _Place(int(found[1] or 1), int(found[2])) if found else _Place(0, 0)
+    if not 0 < place.attempt < 2**31 or place.offset > MOST_OFFSET or attempt not in (None, place.attempt):
+        raise Problem(400, "Last-Event-ID should be the id of an event of this stream: an offset, or ATTEMPT-OFFSET")
+    return place
+
+
+def _attempt_of(job: Job) -> int:
+    """The one to follow: of what waits, the next."""
+    return job.attempt + (job.state is State.PENDING) or 1
+
+
+def _waits(job: Job, attempt: int) -> bool:
     """Whether what is to be followed has not begun."""
     if job.state is State.PENDING:
-        return attempt in (None, job.attempt + 1)
-    return job.state is State.CONFIGURING and attempt in (None, job.attempt)
+        return attempt == job.attempt + 1
+    return job.state is State.CONFIGURING and attempt == job.attempt
+
+
+async def _look(api: state.State, job_id: int) -> Job:
+    async with api.database.connection() as connection:
+        return found(await jobs.get(connection, job_id), job_id)
+
+
+async def _source(
+    api: state.State, events: _Events, job: Job, excerpt: Excerpt, *, resumed: bool
+) -> tuple[Job, Source | None]:
+    """Where the output is, once that is known: a restart stores where it begins a moment after it is RUNNING.
+
+    What an earlier attempt left on a node that is gone does not keep those who have read of it from the later ones.
+    """
+    while True:
+        try:
+            async with api.database.connection() as connection:
+                source = await find(connection, job, excerpt)
+        except Problem as problem:
+            if resumed and excerpt.attempt != job.attempt and problem.status in (410, 503):
+                return job, None
+            raise
+        runs = job.state is State.RUNNING and job.attempt == excerpt.attempt
+        if source is not None or not runs or goes_nowhere(job, excerpt.stream):
+            return job, source
+        await events.quiet()
+        await asyncio.sleep(STORED_SECONDS)
+        job = await _look(api, job.job_id)
 
 
 async def _once(api: state.State, events: _Events, job: Job, until: frozenset[State]) -> Job:
@@ -164,19 +215,24 @@ async def _once(api: state.State, events: _Events, job: Job, until: frozenset[St
             await asyncio.sleep(AGAIN_SECONDS)
         if until is _NOT_RUNNING and job.attempt != attempt:
             break
-        if loop.time() - asked < QUIET_SECONDS / 2:  # too many wait, and none is waited for
-            await asyncio.sleep(0 if job.state in until else AGAIN_SECONDS)
+        if job.state not in until and loop.time() - asked < QUIET_SECONDS / 2:  # too many wait: nobody is waited for
+            await asyncio.sleep(AGAIN_SECONDS)
     return job
 
 
 async def _pass_on(request: web.Request, events: _Events, source: Source, excerpt: Excerpt) -> None:
-    async with ask(request, source, excerpt, {}, TIMEOUT) as answer:
-        offset = int(answer.headers["Rowlock-Offset"])
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(QUIET_SECONDS):
+                answer = await stack.enter_async_context(ask(request, source, excerpt, {}, TIMEOUT))
+        except TimeoutError:
+            raise unavailable(f"node {source.job.node}, which has the output, does not answer") from None
+        place = _Place(source.job.attempt, int(answer.headers["Rowlock-Offset"]))
         if not events.begun:
             await events.quiet()
         async for data in _pieces(request, events, source, answer.content):
-            offset += len(data)
-            await events.piece(data, offset)
+            place = replace(place, offset=place.offset + len(data))
+            await events.piece(data, place)
 
 
 async def _pieces(
@@ -189,7 +245,8 @@ async def _pieces(
                 data = await content.readany()
         except TimeoutError:
             await events.quiet()
-            await _check_node(request, source)
+            with suppress(Unavailable):
+                await _check_node(request, source)
             continue
         if not data:
             return

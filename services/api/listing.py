@@ -21,6 +21,8 @@ from services.api.problems import Fault, unprocessable
 DEFAULT_LIMIT = 50
 MAX_LIMIT = 200
 MAX_WAIT_SECONDS = 60
+MOST_OFFSET = 2**62
+"""Of what is followed: no file is so long, and no sum of two such is refused by the kernel."""
 PARAMETERS = frozenset(
     {"order", "state", "account", "name", "node", "submitted_after", "submitted_before", "limit", "cursor", "fields"}
 )
@@ -235,6 +237,8 @@ def read_excerpt(query: MultiMapping[str], *, ranged: bool) -> Excerpt:
         reader.fault("tail", "excludes offset")
     if ranged and ("offset" in query or "tail" in query):
         reader.fault("offset" if "offset" in query else "tail", "excludes a Range header")
+    if excerpt.follow and (excerpt.offset or 0) > MOST_OFFSET:
+        reader.fault("offset", f"should be a number from 0 to {MOST_OFFSET}")
     if ranged and excerpt.follow:
         reader.fault("follow", "excludes a Range header: go on by Last-Event-ID or offset")
     if reader.faults:

@@ -32,7 +32,7 @@ async def find(connection: Connection, job: Job, excerpt: Excerpt) -> Source | N
     of_attempt = await _in_attempt(connection, job, excerpt.attempt)
     if of_attempt is None or of_attempt.start_time is None or of_attempt.node is None:
         return None
-    if _goes_nowhere(of_attempt, excerpt.stream):
+    if goes_nowhere(of_attempt, excerpt.stream):
         return None
     if of_attempt.work_base_dir is None:
         raise Problem(410, f"node {of_attempt.node}, which had the output, was deleted")
@@ -53,7 +53,8 @@ async def _in_attempt(connection: Connection, job: Job, attempt: int | None) -> 
     return as_of(job, await outputs.starts(connection, job.job_id), attempt)
 
 
-def _goes_nowhere(job: Job, stream: str) -> bool:
+def goes_nowhere(job: Job, stream: str) -> bool:
+    """Whether it is written to the null device."""
     paths = rendering.paths_of(job)
     if paths is None:
         return False

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 CLONE_NEWUSER = 0x10000000
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECUREBITS, PR_CAP_AMBIENT = 1, 8, 28, 47
+PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 8, 28, 38, 47
 PR_CAP_AMBIENT_RAISE = 2
 SECBIT_NO_SETUID_FIXUP = 4
 CAPABILITY_VERSION_3 = 0x20080522
@@ -71,6 +71,7 @@ def _become_account(uid: int, gid: int) -> None:
     words = (_Words * 2)(_Words(bit, bit, bit), _Words(0, 0, 0))
     _checked(_libc.capset(ctypes.byref(_Header(CAPABILITY_VERSION_3, 0)), words), "capset")
     _prctl("ambient capability", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_DAC_OVERRIDE)
+    _prctl("no new privileges", PR_SET_NO_NEW_PRIVS, 1)
 
 
 def _assume(identity: str) -> None:

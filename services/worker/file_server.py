@@ -1,7 +1,9 @@
 """The node's files over HTTP, for the API alone: found by job, attempt and stream, never by a path from a request."""
 
+import asyncio
 import hmac
 import os
+import resource
 import socket
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -25,14 +27,16 @@ CHUNK = 256 * 1024
 CONTENT_TYPE = "text/plain; charset=utf-8"
 OFFSET_HEADER = "Rowlock-Offset"
 """Of an output that is followed: where the first byte stands."""
-ENDLESS = 2**63 - 1
+FOLLOWERS_SHARE = 8
+"""Of the descriptors that this process may have: each takes two."""
+BEGUN_SECONDS = 10.0
 
 
 class FileServer:
     """Serves ``GET /logs/{job_id}/{attempt}/{stream}`` to whoever shows the incarnation's secret.
 
     The attempt is the job's last one, and the answer the whole file; with ``?alone`` it is any, and its own bytes.
-    With ``?follow`` the answer goes on until the attempt is over; cut off, it was not.
+    With ``?follow``, of any attempt, its own bytes go on until it is over; cut off, it was not.
     """
 
     def __init__(self, settings: Settings, host: Host, pool: Pool, secret: str, runs: Runs) -> None:
@@ -41,6 +45,7 @@ class FileServer:
         self._host = host
         self._pool = pool
         self._runs = runs
+        self._followers = 0
         self._secret = secret.encode()
         application = web.Application()
         application.router.add_get(r"/logs/{job_id:\d{1,19}}/{attempt:\d{1,10}}/{stream:stdout|stderr}", self._logs)
@@ -80,9 +85,9 @@ class FileServer:
             if job is not None and alone:
                 job = as_of(job, await outputs.starts(connection, job_id), attempt)
         if job is None or job.node != self._settings.node_name or job.attempt != attempt:
-            return web.Response(status=404)
+            return web.Response(status=409)  # it has moved on since the API looked
         if "follow" in request.query:
-            return await self._follow(request, job, stream, alone=alone)
+            return await self._follow(request, job, stream)
         try:
             descriptor = files.open_for_reading(self._settings.roots, self._path(job, stream))
         except FileNotFoundError:
@@ -97,27 +102,36 @@ class FileServer:
         finally:
             os.close(descriptor)
 
-    async def _follow(self, request: web.Request, job: Job, stream: Stream, *, alone: bool) -> web.StreamResponse:
+    async def _follow(self, request: web.Request, job: Job, stream: Stream) -> web.StreamResponse:
+        if self._followers >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // FOLLOWERS_SHARE:
+            return web.Response(status=503)  # jobs need descriptors, too
+        self._followers += 1
+        try:
+            return await self._followed(request, job, stream)
+        finally:
+            self._followers -= 1
+
+    async def _followed(self, request: web.Request, job: Job, stream: Stream) -> web.StreamResponse:
         attempt, path = Attempt(job.job_id, job.attempt), self._path(job, stream)
 
         async def until_begun() -> None:
             await begun(attempt, self._runs, lambda: self._is_running(job))
 
-        async def own() -> range:
-            """Of a file that grows."""
-            return await self._own_bytes(job, stream, ENDLESS) if alone else range(ENDLESS)
+        async def own(size: int) -> range:
+            return await self._own_bytes(job, stream, size)
 
-        if "tail" in request.query:
-            await until_begun()
-        first = (await own()).start
         try:
-            offset = _offset(request, max(0, self._size(path) - first))
-        except (files.FileRefused, OSError):
+            if "tail" in request.query:
+                async with asyncio.timeout(BEGUN_SECONDS):
+                    await until_begun()
+            part = await own(self._size(path))
+        except files.FileRefused:
             return web.Response(status=404)
+        offset = _offset(request, len(part))
         response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE, OFFSET_HEADER: str(offset)})
         found = pieces(
             lambda: files.open_for_reading(self._settings.roots, path),
-            first + offset,
+            part.start + offset,
             lambda: (run := self._runs.get(attempt)) is None or run.over,
             own,
         )

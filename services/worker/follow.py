@@ -32,23 +32,23 @@ async def begun(attempt: Attempt, runs: Runs, is_running: Callable[[], Awaitable
 
 
 async def pieces(
-    open_file: Callable[[], int], at: int, is_over: Callable[[], bool], own: Callable[[], Awaitable[range]]
+    open_file: Callable[[], int], at: int, is_over: Callable[[], bool], own: Callable[[int], Awaitable[range]]
 ) -> AsyncGenerator[bytes, None]:
     """The bytes of a file from `at` on, none of more than CHUNK, and an empty one for each look that found nothing.
 
-    Once the attempt is over, `own` tells which of them are its own: a later one may write there next. Raises
-    FileRefused and OSError.
+    Once the attempt is over, `own` tells which are its own of so many as there are then: a later attempt writes there
+    next, and has said before from where. Raises FileRefused and OSError.
     """
     descriptor: int | None = None
     stop: int | None = None
     try:
         while True:
             over = is_over()  # before the read: what was written until then is read
-            if over and stop is None:
-                stop = (await own()).stop
             if descriptor is None:
                 with suppress(FileNotFoundError):
                     descriptor = open_file()
+            if over and stop is None:
+                stop = (await own(0 if descriptor is None else os.fstat(descriptor).st_size)).stop
             wanted = CHUNK if stop is None else min(CHUNK, max(0, stop - at))
             piece = b"" if descriptor is None else os.pread(descriptor, wanted, at)
             if not piece and over:
