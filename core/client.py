@@ -4,8 +4,8 @@ import asyncio
 import base64
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from types import TracebackType
@@ -38,8 +38,9 @@ class ClientError(RowlockError):
         self.status = status
         self.problem = dict(problem)
         errors = self.problem.get("errors")
-        faults = errors if isinstance(errors, list) else []  # who knows who answered
-        texts = [_fault_text(fault) for fault in faults if isinstance(fault, dict)]
+        listed = errors if isinstance(errors, list) else []  # who knows who answered
+        self.faults: list[dict[str, Any]] = [fault for fault in listed if isinstance(fault, dict)]
+        texts = [_fault_text(fault) for fault in self.faults]
         super().__init__("; ".join([str(self.problem.get("detail", f"HTTP {status}")), *texts]))
 
     @property
@@ -119,14 +120,18 @@ class Client:
         return cast(JobsDocument, await self._json("GET", "/api/v1/jobs", query=query))
 
     async def all_jobs(self, **query: str | int) -> AsyncIterator[JobDocument]:
-        """Every job, page by page."""
-        page = await self.jobs(**query)
-        while True:
+        """Every job."""
+        async for page in self.pages(**query):
             for job in page["jobs"]:
                 yield job
-            if page["next_cursor"] is None:
-                return
+
+    async def pages(self, **query: str | int) -> AsyncIterator[JobsDocument]:
+        """Every job, page by page."""
+        page = await self.jobs(**query)
+        yield page
+        while page["next_cursor"] is not None:
             page = await self.jobs(**{**query, "cursor": page["next_cursor"]})
+            yield page
 
     async def logs(
         self,
@@ -143,18 +148,19 @@ class Client:
 
     async def follow(
         self, job_id: int, stream: Literal["stdout", "stderr"] = "stdout", *, offset: int = 0
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """The output as it is written, until the job is over; each byte once, whatever becomes of the connection.
 
-        Of a job that is run again, the bytes of each attempt. A server that is away is waited for.
+        Of a job that is run again, the bytes of each attempt. A server that is away is waited for. Close it to stop.
         """
         place = _Place({"stream": stream, "follow": "true", "offset": offset})
         pause = FIRST_RETRY_SECONDS
         while not place.over:
             before = place.mark
             try:
-                async for data in self._followed(job_id, place):
-                    yield data
+                async with aclosing(self._followed(job_id, place)) as found:
+                    async for data in found:
+                        yield data
             except ClientError as error:
                 if not error.may_pass:
                     raise
@@ -164,7 +170,7 @@ class Client:
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_RETRY_SECONDS)
 
-    async def _followed(self, job_id: int, place: "_Place") -> AsyncIterator[bytes]:
+    async def _followed(self, job_id: int, place: "_Place") -> AsyncGenerator[bytes, None]:
         path = f"/api/v1/jobs/{job_id}/logs"
         headers = {} if place.last is None else {"Last-Event-ID": place.last}
         patience = max(self._seconds, 2 * LONGEST_QUIET_SECONDS)
@@ -175,6 +181,22 @@ class Client:
                 except (KeyError, ValueError, TypeError):
                     raise ClientError(answer.status, {"detail": f"{self.address} answered something else"}) from None
                 yield data
+
+    async def output(
+        self,
+        job_id: int,
+        stream: Literal["stdout", "stderr"] = "stdout",
+        *,
+        attempt: int | None = None,
+        tail: int | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        """The output like `logs`, or its last `tail` bytes, piece by piece, of any size. Close it to stop earlier."""
+        wanted = {"attempt": attempt, "tail": tail}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        query: dict[str, str | int] = {"stream": stream, **given}
+        async with self._answered("GET", f"/api/v1/jobs/{job_id}/logs", query, patience=self._seconds) as answer:
+            async for piece in answer.content.iter_any():
+                yield piece
 
     async def script(self, job_id: int) -> str:
         """The script as submitted."""
@@ -269,7 +291,7 @@ class Client:
         given = dict(headers or {})
         if body is not None:
             given["Content-Type"] = "application/json"
-        session = self._waiting if {"wait", "follow"} & set(query or {}) else self._session
+        session = self._session if patience is None and "wait" not in (query or {}) else self._waiting
         assert session is not None, "use the client as a context"
         limits = None if patience is None else aiohttp.ClientTimeout(sock_connect=self._seconds, sock_read=patience)
         more: dict[str, Any] = {} if limits is None else {"timeout": limits}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import __version__
+from services.cli.client import arguments
 
 if TYPE_CHECKING:
     from core.settings import Settings
@@ -72,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     health.add_argument("role", choices=ROLES, metavar="ROLE", help=", ".join(ROLES))
     _add_config(health)
     _add_data_dir(command("infra", "run the embedded PostgreSQL and Redis alone until Ctrl-C"), f"default: {DATA_DIR}")
+    arguments.add_to(command)
+    completion = command(
+        "completion", "print what completes this command line in a shell: . <(rowlock completion bash)"
+    )
+    completion.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="bash, zsh")
     return top
 
 
@@ -119,6 +125,10 @@ def _start(options: argparse.Namespace, rest: list[str]) -> int:
         return _infra(options.data_dir or DATA_DIR)
     if options.command in ROLES:
         return _role(options.command, rest)
+    if options.command == "completion":
+        return _completion(options.shell)
+    if "url" in options:
+        return _client(options)
     return _operate(options)
 
 
@@ -158,6 +168,22 @@ def _role(role: str, argv: list[str]) -> int:
     else:
         from services.worker.__main__ import main as run
     return run(argv)
+
+
+def _client(options: argparse.Namespace) -> int:
+    """A client of the API, at its `url`."""
+    from core.loading import loading
+
+    with loading():
+        from services.cli.client.command import run
+    return run(options)
+
+
+def _completion(shell: str) -> int:
+    from services.cli.completion import completion
+
+    print(completion(shell, _parser()), end="")
+    return 0
 
 
 def _operate(options: argparse.Namespace) -> int:
