@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -164,18 +164,29 @@ async def _watched(client: Client, job_id: int) -> tuple[JobDocument, bytes]:
     shown: set[tuple[str, str]] = set()
     output = b""
     while True:
-        job = await client.job(job_id)
-        for moment in _moments(job):
-            if moment not in shown:
-                shown.add(moment)
-                say_line(f"  {_clock(moment[1])}  {moment[0]}{_exit(job) if moment[0] in FINAL else ''}")
+        # In this order: what has written is seen to run before that, and to be over afterwards.
         piece = await client.logs(job_id, offset=len(output))
+        job = await client.job(job_id)
+        over = job["state"] in FINAL
+        if over:
+            piece += await client.logs(job_id, offset=len(output + piece))
         output += piece
+        moments = _moments(job)
+        _tell(job, moments[:-1] if over else moments, shown)
         for line in piece.decode(errors="replace").splitlines():
             say_line(f"                | {line}")
-        if job["state"] in FINAL:
+        if over:
+            _tell(job, moments, shown)
             return job, output
         await asyncio.sleep(POLL)
+
+
+def _tell(job: JobDocument, moments: Sequence[tuple[str, str]], shown: set[tuple[str, str]]) -> None:
+    """Say those that were not said before."""
+    for state, time in moments:
+        if (state, time) not in shown:
+            shown.add((state, time))
+            say_line(f"  {_clock(time)}  {state}{_exit(job) if state in FINAL else ''}")
 
 
 def _moments(job: JobDocument) -> list[tuple[str, str]]:
