@@ -1,6 +1,12 @@
 """The JSON of the HTTP API, as types: what the API renders and what its clients read."""
 
-from typing import TypedDict
+import sys
+from typing import NotRequired
+
+if sys.version_info >= (3, 12):
+    from typing import TypedDict
+else:  # what pydantic reads there
+    from typing_extensions import TypedDict
 
 
 class JobDocument(TypedDict):
@@ -92,3 +98,37 @@ class NodesDocument(TypedDict):
     """Every node, by name."""
 
     nodes: list[NodeDocument]
+
+
+class HealthDocument(TypedDict):
+    """That all is well."""
+
+    status: str
+    service: str
+    version: str
+
+
+class RootDocument(TypedDict):
+    """What this is, and where to go on."""
+
+    service: str
+    version: str
+    links: dict[str, str]
+
+
+class FaultDocument(TypedDict):
+    """One thing that is wrong: `pointer` (RFC 6901) says where in the body, `parameter` in the query."""
+
+    pointer: NotRequired[str]
+    parameter: NotRequired[str]
+    detail: str
+
+
+class ProblemDocument(TypedDict):
+    """A problem (RFC 9457) with everything that is wrong at once."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: NotRequired[list[FaultDocument]]

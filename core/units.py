@@ -18,9 +18,9 @@ _MEMORY_HELP: Final = "memory is a number of MiB, or text like '512', '512M', '4
 
 # The bounded repetition keeps a hostile number of digits away from int().
 _NUMBER: Final = r"([0-9]{1,12})"
-_CLOCK: Final = re.compile(rf"{_NUMBER}(?::{_NUMBER})?(?::{_NUMBER})?")
-_DAYS: Final = re.compile(rf"{_NUMBER}-{_NUMBER}(?::{_NUMBER})?(?::{_NUMBER})?")
-_MEMORY: Final = re.compile(rf"{_NUMBER}(?:([kmgt])b?)?", re.IGNORECASE | re.ASCII)
+CLOCK: Final = re.compile(rf"{_NUMBER}(?::{_NUMBER})?(?::{_NUMBER})?")
+DAYS: Final = re.compile(rf"{_NUMBER}-{_NUMBER}(?::{_NUMBER})?(?::{_NUMBER})?")
+MEMORY: Final = re.compile(rf"{_NUMBER}(?:([kmgtKMGT])[bB]?)?")
 _KIB: Final = {"k": 1, "m": 2**10, "g": 2**20, "t": 2**30}
 
 
@@ -48,10 +48,10 @@ def _number_seconds(minutes: int | float) -> int:
 def _text_seconds(text: str) -> int:
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return 0
-    if found := _DAYS.fullmatch(text):
+    if found := DAYS.fullmatch(text):
         days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if found := _CLOCK.fullmatch(text):
+    if found := CLOCK.fullmatch(text):
         parts = [int(part) for part in found.groups() if part is not None]
         hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts, 0)[:3]
         return (hours * 60 + minutes) * 60 + seconds
@@ -82,7 +82,7 @@ def parse_memory(value: int | str) -> int:
 
 
 def _text_memory(text: str) -> int:
-    found = _MEMORY.fullmatch(text)
+    found = MEMORY.fullmatch(text)
     if found is None:
         raise ValueError(_MEMORY_HELP)
     number, unit = found.groups()

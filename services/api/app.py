@@ -21,7 +21,7 @@ from core.errors import Unavailable
 from core.moves import Moves
 from core.settings import Settings, without_secrets
 from core.wakeup import Wakeup
-from services.api import cancel, health, jobs, lists, logs, nodes, request_id
+from services.api import cancel, docs, health, jobs, lists, logs, nodes, request_id
 from services.api.call import Calls
 from services.api.conditional import answer_unchanged
 from services.api.database import Database
@@ -39,6 +39,8 @@ NODE = "/api/v1/nodes/{name:[^/]+}"  # braces may stand in a node's name
 ROUTES: tuple[tuple[str, str, Handle], ...] = (
     ("GET", "/", health.root),
     ("GET", "/health", health.health),
+    ("GET", "/openapi.json", docs.description),
+    ("GET", "/docs", docs.docs),
     ("POST", "/api/v1/jobs", jobs.post_jobs),
     ("GET", "/api/v1/jobs", jobs.list_jobs),
     ("GET", "/api/v1/jobs/{job_id}", jobs.get_job),

@@ -14,7 +14,7 @@ from services.api.problems import Problem
 HEADER = "Idempotency-Key"
 REPLAY = "Idempotent-Replay"
 
-_KEY = re.compile(r"[!-~]{1,255}")
+KEY = re.compile(r"[!-~]{1,255}")
 _FORM = b"\x01"
 """The version of the canonical form, in front of each digest."""
 
@@ -24,7 +24,7 @@ def key_of(request: web.Request) -> str | None:
     given = request.headers.getall(HEADER, [])
     if not given:
         return None
-    if len(given) > 1 or not _KEY.fullmatch(given[0]):
+    if len(given) > 1 or not KEY.fullmatch(given[0]):
         raise Problem(400, f"{HEADER} should stand once, with 1 to 255 visible ASCII characters")
     return given[0]
 

@@ -19,11 +19,12 @@ from pydantic import (
     Tag,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
 )
 
 from core import patterns
 from core.records import NewJob
-from core.units import parse_memory, parse_time_limit
+from core.units import CLOCK, DAYS, MAX_MEMORY, MAX_TIME_LIMIT, MEMORY, parse_memory, parse_time_limit
 from services.api.idempotency import digest
 from services.api.problems import Fault, Problem, unprocessable
 
@@ -39,6 +40,30 @@ MAX_VARIABLES: Final = 10_000
 
 NULL_DEVICE: Final = "/dev/null"
 TASK_FIELDS: Final = ("tasks", "tasks_per_node", "ntasks_per_node")
+
+# Patterns as JSON Schema has them. They stand in the API's document; what is refused is told more precisely below.
+NO_CONTROLS: Final = r"^[^\x00-\x1f\x7f-\x9f]*$"
+NO_CONTROLS_BUT_LINES: Final = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"
+NO_NUL: Final = r"^[^\x00]*$"
+SCRIPT: Final = r"^#!([^\x00\n]*[^\x00\n\r])?(\n[^\x00]*)?$"
+VARIABLE: Final = r"^(?!SLURM_)[A-Za-z_][A-Za-z0-9_]*$"
+ENTRY: Final = r"^(?!SLURM_)[A-Za-z_][A-Za-z0-9_]*=[^\x00]*$"
+
+_SIZES: Final = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1, "maximum": MAX_MEMORY},
+        {"type": "string", "pattern": f"^{MEMORY.pattern}$"},
+        {"type": "null"},
+    ]
+}
+_LIMITS: Final = {
+    "anyOf": [
+        {"type": "number", "minimum": 0, "maximum": MAX_TIME_LIMIT // 60},
+        {"type": "string", "pattern": f"^({DAYS.pattern}|{CLOCK.pattern}|UNLIMITED|INFINITE)$"},
+        {"type": "null"},
+    ]
+}
+UNBUILT: Final = "Slurm's, not supported yet: only what asks for nothing"
 
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -192,28 +217,37 @@ _ALSO_NOTHING: Final[Mapping[str, tuple[object, ...]]] = {
 _NOUGHT_ASKS: Final = frozenset({"priority", "nodes"})
 
 
+def _nothing(field: str) -> list[object]:
+    """Values of a field of Slurm's that ask for nothing."""
+    nought = () if field in _NOUGHT_ASKS else (0,)
+    return [None, False, "", [], {}, *nought, *_ALSO_NOTHING.get(field, ())]
+
+
 def _unbuilt(value: object, info: ValidationInfo) -> None:
-    field = info.field_name or ""
-    empty = value is None or value is False or value in ("", [], {})
-    nought = isinstance(value, int | float) and not isinstance(value, bool) and value == 0
-    if empty or (nought and field not in _NOUGHT_ASKS):
-        return
-    if any(type(value) is type(other) and value == other for other in _ALSO_NOTHING.get(field, ())):
-        return
-    raise ValueError("not supported yet")
+    asked = 0 if type(value) is float and value == 0 else value
+    if not any(type(asked) is type(nothing) and asked == nothing for nothing in _nothing(info.field_name or "")):
+        raise ValueError("not supported yet")
 
 
-Label = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_without_controls)]
+def _shown(**schema: Any) -> Any:
+    """What the API's document says beside what pydantic knows."""
+    return Field(json_schema_extra=schema)
+
+
+Label = Annotated[
+    str, Field(min_length=1, max_length=255), _shown(pattern=NO_CONTROLS), AfterValidator(_without_controls)
+]
 Count = Annotated[int, Field(ge=1, le=MAX_CPUS)]
-Script = Annotated[str, AfterValidator(_script)]
-Folder = Annotated[str, AfterValidator(_folder)]
-Output = Annotated[str, AfterValidator(_output)]
-Comment = Annotated[str, Field(max_length=MAX_COMMENT), AfterValidator(_comment)]
-VariableName = Annotated[str, AfterValidator(_variable_name)]
-VariableValue = Annotated[str, AfterValidator(_variable_value)]
+Script = Annotated[str, _shown(pattern=SCRIPT, maxLength=MAX_SCRIPT), AfterValidator(_script)]
+Folder = Annotated[str, _shown(minLength=1, maxLength=patterns.MAX_PATH, pattern=NO_CONTROLS), AfterValidator(_folder)]
+Output = Annotated[str, _shown(minLength=1, maxLength=patterns.MAX_PATH, pattern=NO_CONTROLS), AfterValidator(_output)]
+Comment = Annotated[str, Field(max_length=MAX_COMMENT), _shown(pattern=NO_CONTROLS_BUT_LINES), AfterValidator(_comment)]
+VariableName = Annotated[str, _shown(pattern=VARIABLE), AfterValidator(_variable_name)]
+VariableValue = Annotated[str, _shown(pattern=NO_NUL), AfterValidator(_variable_value)]
+Entry = Annotated[str, _shown(pattern=ENTRY), AfterValidator(_entry)]
 Environment = Annotated[
-    Annotated[dict[VariableName, VariableValue], Tag("map")]
-    | Annotated[list[Annotated[str, AfterValidator(_entry)]], Tag("list")],
+    Annotated[dict[VariableName, VariableValue], Tag("map"), _shown(maxProperties=MAX_VARIABLES)]
+    | Annotated[list[Entry], Tag("list"), _shown(maxItems=MAX_VARIABLES)],
     Discriminator(
         _kind_of_environment,
         custom_error_type="environment",
@@ -222,30 +256,48 @@ Environment = Annotated[
     BeforeValidator(_nothing_is_empty),
     AfterValidator(_environment),
 ]
-Unbuilt = Annotated[None, PlainValidator(_unbuilt)]
+Memory = Annotated[int | None, PlainValidator(_memory), WithJsonSchema(_SIZES)]
+TimeLimit = Annotated[int | None, PlainValidator(_time_limit), WithJsonSchema(_LIMITS)]
+_UNBUILT: Final = PlainValidator(_unbuilt)
+Unbuilt = Annotated[None, _UNBUILT]
+
+
+def _complete(schema: dict[str, Any]) -> None:
+    """What pydantic does not see: which names a variable may have, null for none, and values that ask for nothing."""
+    fields, alike = schema["properties"], schema.setdefault("patternProperties", {})
+    fields["environment"]["oneOf"][0]["additionalProperties"] = False
+    fields["environment"]["oneOf"].append({"type": "null"})
+    unbuilt = [name for name, field in JobRequest.model_fields.items() if _UNBUILT in field.metadata]
+    plain = [name for name in unbuilt if _nothing(name) == _nothing("")]
+    for name in unbuilt:
+        del fields[name]
+        names = "|".join(plain) if name in plain else name
+        alike[f"^({names})$"] = {"enum": _nothing(name), "description": UNBUILT}
 
 
 class JobRequest(BaseModel):
-    """``job`` of a submission."""
+    """What a job is and needs."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_complete)
 
-    account: Label
-    name: Label = "job"
-    partition: Label | None = None
-    comment: Comment | None = None
-    script: Script | None = None
-    tasks: Count = 1
-    cpus_per_task: Count = 1
-    tasks_per_node: Count = 1
-    ntasks_per_node: Count = 1
-    memory_per_node: Annotated[int | None, PlainValidator(_memory)] = None
-    time_limit: Annotated[int | None, PlainValidator(_time_limit)] = None
-    requeue: bool = False
-    environment: Environment = {}
-    current_working_directory: Folder | None = None
-    standard_output: Output | None = None
-    standard_error: Output | None = None
+    account: Label = Field(description="Whom the job is for")
+    name: Label = Field("job", description="What the job is called")
+    partition: Label | None = Field(None, description="Where it runs; the first of the setting PARTITIONS by default")
+    comment: Comment | None = Field(None, description="Kept and shown")
+    script: Script | None = Field(None, description="The script, when it does not stand beside `job`")
+    tasks: Count = Field(1, description="The job takes tasks × cpus_per_task CPUs of one node")
+    cpus_per_task: Count = Field(1, description="CPUs of each task")
+    tasks_per_node: Count = Field(1, description="Another name of `tasks`")
+    ntasks_per_node: Count = Field(1, description="Another name of `tasks`")
+    memory_per_node: Memory = Field(None, description="MiB, or text such as 4G; stored, not scheduled yet")
+    time_limit: TimeLimit = Field(None, description="Minutes, or Slurm's text, such as 1-12:30:00; 0 is none")
+    requeue: bool = Field(False, description="May be started again when its node is lost")
+    environment: Environment = Field({}, description="Its variables: an object, or a list of NAME=VALUE")
+    current_working_directory: Folder | None = Field(None, description="Below an allowed folder; its own by default")
+    standard_output: Output | None = Field(
+        None, description=f"A file; with the patterns of sbatch, such as %j; {patterns.DEFAULT} by default"
+    )
+    standard_error: Output | None = Field(None, description="Another file for stderr; the same one by default")
 
     qos: Unbuilt = None
     argv: Unbuilt = None
@@ -278,22 +330,38 @@ class JobRequest(BaseModel):
     wckey: Unbuilt = None
 
 
-class SubmitRequest(BaseModel):
-    """The body of ``POST /api/v1/jobs``."""
+_WITH_SCRIPT: Final[dict[str, Any]] = {"required": ["script"], "properties": {"script": {"type": "string"}}}
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+
+class SubmitRequest(BaseModel):
+    """A job and its script, which stands in one of two places."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"anyOf": [_WITH_SCRIPT, {"properties": {"job": _WITH_SCRIPT}}]},
+    )
 
     job: JobRequest
-    script: Script | None = None
+    script: Script | None = Field(None, description="Begins with #! and its interpreter")
 
 
 class NodeRequest(BaseModel):
-    """The body of ``PATCH /api/v1/nodes/{name}``."""
+    """What a node is to be: drained, in service again, or down."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["reason"], "properties": {"reason": {"type": "string"}}},
+                {"properties": {"state": {"const": "RESUME"}}},
+            ]
+        },
+    )
 
-    state: Literal["DRAIN", "RESUME", "DOWN"]
-    reason: Label | None = None
+    state: Literal["DRAIN", "RESUME", "DOWN"] = Field(description="No new work; work again; end what runs there, too")
+    reason: Label | None = Field(None, description="Required but for RESUME")
 
 
 def node_request(document: object) -> NodeRequest:

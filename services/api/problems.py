@@ -9,6 +9,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from core.documents import FaultDocument, ProblemDocument
 from core.errors import RowlockError, Unavailable
 
 CONTENT_TYPE = "application/problem+json"
@@ -24,10 +25,14 @@ class Fault:
     pointer: str | None = None
     parameter: str | None = None
 
-    def document(self) -> dict[str, str]:
+    def document(self) -> FaultDocument:
         """The fault as a member of ``errors``."""
-        where = {"pointer": self.pointer, "parameter": self.parameter}
-        return {**{key: value for key, value in where.items() if value is not None}, "detail": self.detail}
+        found: FaultDocument = {"detail": self.detail}
+        if self.pointer is not None:
+            found = {"pointer": self.pointer, **found}
+        if self.parameter is not None:
+            found = {"parameter": self.parameter, **found}
+        return found
 
 
 class Problem(RowlockError):
@@ -51,7 +56,7 @@ class Problem(RowlockError):
 
     def response(self) -> web.Response:
         """The answer."""
-        document: dict[str, object] = {
+        document: ProblemDocument = {
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
