@@ -271,4 +271,4 @@ async def test_schemathesis_finds_nothing(fresh: Api, tmp_path: Path, options: t
 
 @pytest.mark.long
 async def test_schemathesis_finds_nothing_in_a_longer_run(fresh: Api, tmp_path: Path) -> None:
-    await schemathesis(fresh, tmp_path, "--max-examples", "300")
+    await schemathesis(fresh, tmp_path, "--max-examples", "50")
