@@ -211,7 +211,9 @@ _KEY: Final = _in_header(
 )
 _RANGE: Final = _in_header("Range", "One range of bytes (RFC 9110); anything else is ignored.")
 
-_LAST_EVENT: Final = _in_header("Last-Event-ID", "Of whoever follows: the last event it has; goes on behind that.")
+_LAST_EVENT: Final = _in_header(
+    "Last-Event-ID", "Of whoever follows: the id of its last event, OFFSET or ATTEMPT-OFFSET; goes on behind that."
+)
 
 
 def _paths() -> Json:
