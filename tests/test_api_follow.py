@@ -310,6 +310,7 @@ class Cutting:
     async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         above, below = await asyncio.open_connection("127.0.0.1", self._port)
         forth = asyncio.create_task(_copy(reader, below))
+        writer.write(await above.read(65536))  # on a slow machine, too, each of them comes a bit further
         back = asyncio.create_task(_copy(above, writer))
         await asyncio.wait((back,), timeout=self._luck.uniform(0, 2 * self._seconds))
         self.cuts += not back.done()
