@@ -546,7 +546,7 @@ async def test_the_second_stands_by_and_takes_over_when_the_first_loses_its_conn
                 await until(lambda: first.times + second.times == 2)  # whoever comes first
                 # The one that led has noticed; exactly one leads again.
                 await until(lambda: {first.now, second.now} == {True, False})
-                assert "leader_connection_lost" in {log["event"] for log in logs}
+                await until(lambda: "leader_connection_lost" in {log["event"] for log in logs})
 
 
 async def test_the_second_takes_over_when_the_first_stops(settings: Settings) -> None:
