@@ -26,7 +26,7 @@ from services.worker.launch import describe_host
 from tests.api import JOBS, Api, api_of_a_module, check_problem, serving, until
 from tests.builders import LONG, a_node, finish, give, register, start
 from tests.conftest import Databases
-from tests.test_api_logs import SECRET, Node, logs_of, write
+from tests.test_api_logs import SECRET, Node, logs_of, serving_files, write
 
 pytestmark = pytest.mark.anyio
 
@@ -53,17 +53,8 @@ async def runs() -> Runs:
 
 @pytest.fixture(scope="module")
 async def node(api: Api, runs: Runs) -> AsyncIterator[Node]:
-    settings = api.settings.model_copy(update={"node_name": "followed", "worker_host": "127.0.0.1"})
-    settings.work_base_dir.mkdir(parents=True)
-    pool = await open_pool(settings, "worker", 2)
-    server = FileServer(settings, describe_host(settings, "spool of files"), pool, SECRET, runs)
-    address = await server.start()
-    try:
-        spec = a_node("followed", 10_000, address=address, secret=SECRET, work_base_dir=str(settings.work_base_dir))
-        yield Node(api, settings, address, await register(api.database, spec))
-    finally:
-        await server.stop()
-        pool.terminate()
+    async with serving_files(api, "followed", runs) as found:
+        yield found
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from core.states import Reason, State
 from services.api import logs
 from services.worker import files
 from services.worker.file_server import FileServer
+from services.worker.follow import Runs
 from services.worker.launch import describe_host, paths_of
 from tests.api import JOBS, Answer, Api, answers_in, api_of_a_module, check_problem, request_bytes, send_raw
 from tests.builders import a_node, finish, give, register, start
@@ -102,20 +103,26 @@ async def api(databases: Databases, redis_url: str, tmp_path_factory: pytest.Tem
         yield found
 
 
-@pytest.fixture(scope="module")
-async def node(api: Api) -> AsyncIterator[Node]:
-    """The node that has everything; its worker is real but for running nothing."""
-    settings = api.settings.model_copy(update={"node_name": "files", "worker_host": "127.0.0.1"})
+@asynccontextmanager
+async def serving_files(api: Api, name: str, runs: Runs) -> AsyncIterator[Node]:
+    """A node that has everything; its worker is real but for running nothing."""
+    settings = api.settings.model_copy(update={"node_name": name, "worker_host": "127.0.0.1"})
     settings.work_base_dir.mkdir(parents=True)
     pool = await open_pool(settings, "worker", 2)
-    server = FileServer(settings, describe_host(settings, "spool of files"), pool, SECRET, {})
+    server = FileServer(settings, describe_host(settings, "spool of files"), pool, SECRET, runs)
     address = await server.start()
     try:
-        spec = a_node("files", 10_000, address=address, secret=SECRET, work_base_dir=str(settings.work_base_dir))
+        spec = a_node(name, 10_000, address=address, secret=SECRET, work_base_dir=str(settings.work_base_dir))
         yield Node(api, settings, address, await register(api.database, spec))
     finally:
         await server.stop()
         pool.terminate()
+
+
+@pytest.fixture(scope="module")
+async def node(api: Api) -> AsyncIterator[Node]:
+    async with serving_files(api, "files", {}) as found:
+        yield found
 
 
 @pytest.fixture
