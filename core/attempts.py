@@ -13,6 +13,9 @@ from core.records import Job
 
 Stream = Literal["stdout", "stderr"]
 
+OFFSET_HEADER = "Rowlock-Offset"
+"""Of a worker's answer that goes on, to the API: which of the attempt's bytes is the first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Start:

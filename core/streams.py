@@ -27,6 +27,7 @@ BLOCK_MS = 2_000
 ANSWER_SECONDS = 5  # longer than BLOCK_MS, or a blocked read would be cut and sent again
 
 Kind = Literal["run", "cancel", "take"]
+KINDS = frozenset(get_args(Kind))
 Command = tuple[str | bytes | int, ...]
 
 
@@ -213,7 +214,7 @@ def _parse(entry_id: bytes, words: list[bytes] | None) -> Message | None:
         attempt = Attempt(int(fields[b"job_id"]), int(fields[b"attempt"]))
     except (KeyError, ValueError, UnicodeDecodeError):
         return None
-    if kind not in get_args(Kind) or not (0 < attempt.job_id < 2**63 and 0 < attempt.attempt < 2**31):
+    if kind not in KINDS or not (0 < attempt.job_id < 2**63 and 0 < attempt.attempt < 2**31):
         return None
     return Message(entry_id, kind, attempt)  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ import aiohttp
 import structlog
 from aiohttp import web
 
+from core.attempts import OFFSET_HEADER
 from core.db import jobs, nodes
 from core.errors import Unavailable
 from core.records import Job
@@ -227,7 +228,7 @@ async def _pass_on(request: web.Request, events: _Events, source: Source, excerp
                 answer = await stack.enter_async_context(ask(request, source, excerpt, {}, TIMEOUT))
         except TimeoutError:
             raise unavailable(f"node {source.job.node}, which has the output, does not answer") from None
-        place = _Place(source.job.attempt, int(answer.headers["Rowlock-Offset"]))
+        place = _Place(source.job.attempt, int(answer.headers[OFFSET_HEADER]))
         if not events.begun:
             await events.quiet()
         async for data in _pieces(request, events, source, answer.content):

@@ -12,7 +12,7 @@ from typing import cast
 import structlog
 from aiohttp import web
 
-from core.attempts import Stream, as_of, own_bytes
+from core.attempts import OFFSET_HEADER, Stream, as_of, own_bytes
 from core.db import jobs, outputs
 from core.db.connection import CONNECTION_ERRORS, Pool, describe
 from core.records import Attempt, Job
@@ -25,8 +25,6 @@ from services.worker.launch import paths_of
 
 CHUNK = 256 * 1024
 CONTENT_TYPE = "text/plain; charset=utf-8"
-OFFSET_HEADER = "Rowlock-Offset"
-"""Of an output that is followed: where the first byte stands."""
 FOLLOWERS_SHARE = 8
 """Of the descriptors that this process may have: each takes two."""
 BEGUN_SECONDS = 10.0
